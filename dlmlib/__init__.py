@@ -1,0 +1,1 @@
+"""Diffusion language models: one network, one decoding loop, small policies."""

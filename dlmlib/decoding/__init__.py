@@ -1,0 +1,35 @@
+"""One loop, small policies."""
+
+from dlmlib.decoding.commit import EntropyBound, Even, Factor, Scheduled, Threshold
+from dlmlib.decoding.decode import DecodeOutput, decode
+from dlmlib.decoding.propose import (
+    Confidence,
+    LeftToRight,
+    Margin,
+    NegEntropy,
+    Random,
+    RightToLeft,
+)
+from dlmlib.decoding.revise import Remask
+from dlmlib.decoding.trace import Trace
+from dlmlib.decoding.where import Blocks, Everywhere
+
+__all__ = [
+    "Blocks",
+    "Confidence",
+    "DecodeOutput",
+    "EntropyBound",
+    "Even",
+    "Everywhere",
+    "Factor",
+    "LeftToRight",
+    "Margin",
+    "NegEntropy",
+    "Random",
+    "Remask",
+    "RightToLeft",
+    "Scheduled",
+    "Threshold",
+    "Trace",
+    "decode",
+]

@@ -1,0 +1,76 @@
+"""Call any module that maps `input_ids` to `.logits`, using what it offers."""
+
+import inspect
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dlmlib.errors import check
+
+
+def accepts(model, argument: str) -> bool:
+    """Whether the model's forward names this argument, seen through wrappers.
+
+    Data-parallel wrappers keep the model in `.module`, peft behind `get_base_model`.
+    """
+    while hasattr(model, "module"):
+        model = model.module
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    call = getattr(model, "forward", model)
+    return argument in inspect.signature(call).parameters
+
+
+def logits_at(
+    model,
+    input_ids: Int[Tensor, "B T"],
+    positions: Bool[Tensor, "B T"],
+    attention_mask: Tensor | None = None,
+) -> Float[Tensor, "N V"]:
+    """Logits of the chosen positions, in row-major order.
+
+    A model with `logit_positions` computes only these; of any other model they are
+    selected. With padding, positions count from each row's first real token where the
+    model takes `position_ids`.
+
+    Args:
+        model: a `DiffusionLM`, a BERT, an official LLaDA, a table of conditionals.
+        input_ids: the canvas.
+        positions: True where logits are wanted.
+        attention_mask: False or 0 on padding; None if there is none.
+    Raises:
+        ValueError: if there is padding and the model takes no `attention_mask`.
+    Introduced in notebook 03.
+    """
+    options = {}
+    if attention_mask is not None:
+        check(
+            accepts(model, "attention_mask"),
+            "model",
+            type(model).__name__,
+            "a forward with attention_mask, since rows are padded",
+        )
+        options["attention_mask"] = attention_mask
+        if accepts(model, "position_ids"):
+            places = attention_mask.long().cumsum(1) - 1
+            options["position_ids"] = places.clamp_min(0)
+    if accepts(model, "logit_positions"):
+        return model(input_ids, logit_positions=positions, **options).logits
+    return model(input_ids, **options).logits[positions]
+
+
+def mask_token_of(model, mask_token_id: int | None = None) -> int:
+    """The [MASK] token given, or the one in the model's config.
+
+    Raises:
+        ValueError: if neither says.
+    """
+    if mask_token_id is None:
+        mask_token_id = getattr(getattr(model, "config", model), "mask_token_id", None)
+    check(
+        mask_token_id is not None,
+        "mask_token_id",
+        mask_token_id,
+        "a token id, since the model's config names none",
+    )
+    return mask_token_id

@@ -1,0 +1,258 @@
+"""One Transformer for every model of the series: RMSNorm, RoPE, SwiGLU, GQA."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from dlmlib.errors import check
+from dlmlib.model.config import DLMConfig
+from dlmlib.model.kv_cache import KVCache
+
+
+@dataclass
+class DLMOutput(ModelOutput):
+    """What a forward returns.
+
+    logits: [B, T, V], or [N, V] for N chosen positions; row i is about token i.
+    hidden_states: [B, T, D] after each block, the last one normalised, if asked for.
+    """
+
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the mean square taken in at least float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rope_angles(
+    position_ids: Int[Tensor, "B T"], head_dim: int, theta: float
+) -> tuple[Float[Tensor, "B 1 T C"], Float[Tensor, "B 1 T C"]]:
+    """Cosine and sine of position x theta^(-2i/C), repeated for the two halves."""
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device) / head_dim
+    angles = position_ids[:, None, :, None].float() * theta**-exponent  # [B,1,T,C/2]
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Float[Tensor, "B H T C"], cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding in the half-rotation layout, in at least float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (wide * cos + turned * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; the mask says who sees whom."""
+
+    def __init__(self, config: DLMConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        width, bias = config.hidden_size, config.qkv_bias
+        kv_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=bias)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, rope, mask, cache: KVCache | None, start: int):
+        split = (*x.shape[:2], -1, self.head_dim)
+        query = rotate(self.q_proj(x).view(split).transpose(1, 2), *rope)  # [B,H,T,C]
+        key = rotate(self.k_proj(x).view(split).transpose(1, 2), *rope)  # [B,G,T,C]
+        value = self.v_proj(x).view(split).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(self.layer, key, value, start)
+        grouped = query.shape[1] != key.shape[1]
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, enable_gqa=grouped
+        )
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DLMConfig):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(GradientCheckpointingLayer):
+    """Pre-norm Transformer block."""
+
+    def __init__(self, config: DLMConfig, layer: int):
+        super().__init__()
+        norm = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(*norm)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(*norm)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, mask, cache=None, start=0):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, start)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm: everything below the output layer."""
+
+    def __init__(self, config: DLMConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def attention_mask_of(
+    config: DLMConfig, columns: int, start: int, valid: Tensor | None, device
+) -> Bool[Tensor, "B 1 n T"] | None:
+    """True where query column start + i may see key column j; None if everywhere.
+
+    Padding hides keys. A query without any visible key (padding itself, under a causal
+    mask) sees its own column, since a softmax over nothing is not a number.
+    """
+    total = valid.shape[1] if valid is not None else start + columns
+    mask = None if valid is None else valid[:, None, None, :].bool()
+    if config.attention == "bidirectional":
+        return mask
+    query = torch.arange(start, start + columns, device=device)[:, None]
+    key = torch.arange(total, device=device)[None, :]
+    size = config.block_length if config.attention == "block_causal" else 1
+    order = (query // size >= key // size)[None, None]  # [1, 1, n, T]
+    return order if mask is None else (order & mask) | (query == key)
+
+
+class DiffusionLM(PreTrainedModel):
+    """A language model whose `logits[:, i]` predicts token i.
+
+    Bidirectional and trained with `NELBO` it is a masked diffusion model; causal with
+    `shift_logits` it is the autoregressive twin of the same shape.
+
+    Source: LLaDA (arXiv 2502.09992) and Dream (arXiv 2508.15487), which differ from one
+    another and from the tiny models only in the config. Introduced in notebook 02.
+    """
+
+    config_class = DLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _supports_sdpa = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DLMConfig):
+        super().__init__(config)
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B n"],
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "B n"] | None = None,
+        logit_positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        start: int = 0,
+        output_hidden_states: bool = False,
+    ) -> DLMOutput:
+        """Predict the token at every position, or at chosen ones only.
+
+        Args:
+            input_ids: tokens of the columns [start, start + n).
+            attention_mask: [B, T] over all T columns, False or 0 on padding.
+            position_ids: rotary positions; default start … start + n - 1.
+            logit_positions: [B, n] bool, or flat indices [N] into B x n: the output
+                layer, the dearest part of a large vocabulary, runs for these alone.
+            cache: overwritten in the columns given here; the others are reused. With
+                `shift_logits`, feed one column more on the left than is needed: the
+                first column of a cached forward has no left neighbour to read from.
+            start: first column of `input_ids` within the cache.
+            output_hidden_states: also return [B, n, D] after each block.
+        Returns:
+            logits [B, n, V], or [N, V] in row-major order of the chosen positions.
+        Raises:
+            ValueError: for a mask of the wrong shape or columns outside the cache.
+        """
+        columns = input_ids.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(
+                start, start + columns, device=input_ids.device
+            ).expand(input_ids.shape)
+        if attention_mask is not None:
+            total = cache.length if cache is not None else columns
+            check(
+                attention_mask.shape == (len(input_ids), total),
+                "attention_mask.shape",
+                tuple(attention_mask.shape),
+                f"({len(input_ids)}, {total})",
+            )
+        x, states = self.hidden(
+            input_ids, attention_mask, position_ids, cache, start, output_hidden_states
+        )
+        return DLMOutput(self.logits_at(x, logit_positions), states)
+
+    def hidden(self, input_ids, attention_mask, position_ids, cache, start, keep):
+        """Final normalised states [B, n, D], and those after each block if `keep`."""
+        config, body = self.config, self.model
+        x = body.embed_tokens(input_ids)
+        if cache is not None and attention_mask is None:
+            attention_mask = input_ids.new_ones(len(input_ids), cache.length)
+        mask = attention_mask_of(
+            config, input_ids.shape[1], start, attention_mask, x.device
+        )
+        rope = rope_angles(position_ids, config.head_dim, config.rope_theta)
+        states = []
+        for block in body.layers:
+            states.append(x)
+            x = block(x, rope, mask, cache, start)
+        x = body.norm(x)
+        return x, (*states, x) if keep else None
+
+    def logits_at(
+        self, x: Float[Tensor, "B n D"], positions: Tensor | None
+    ) -> Float[Tensor, "*N V"]:
+        """Output layer on the states that predict `positions` (all if None)."""
+        if self.config.shift_logits:
+            x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+        if positions is not None:
+            if positions.dtype == torch.bool:
+                positions = positions.flatten().nonzero()[:, 0]
+            x = x.flatten(0, 1)[positions]
+        return self.lm_head(x)
