@@ -94,6 +94,7 @@ class Canvas:
     def write(self, rows, keep, token, logprob) -> None:
         """Commit the proposed tokens where `keep` says so."""
         self.ids[rows] = torch.where(keep, token, self.ids[rows])
+        logprob = logprob.to(self.logprob.dtype)
         self.logprob[rows] = torch.where(keep, logprob, self.logprob[rows])
 
     def erase(self, rows, back) -> None:
@@ -112,7 +113,7 @@ def left_padded(
         attention_mask: [B, P] for a tensor with padding on the left.
     """
     if isinstance(prompt_ids, Tensor):
-        ids = prompt_ids if prompt_ids.dim() > 1 else prompt_ids[None]
+        ids = prompt_ids.long() if prompt_ids.dim() > 1 else prompt_ids.long()[None]
         check(ids.dim() == 2, "prompt_ids.dim()", prompt_ids.dim(), "1 or 2")
         if attention_mask is None:
             return ids, torch.ones_like(ids, dtype=torch.bool)

@@ -156,7 +156,8 @@ def guided_logits(
     both = torch.cat([canvas.ids, blind]), torch.cat([open_, open_])
     padding = None if padding is None else torch.cat([padding, padding])
     told, untold = logits_at(model, *both, padding).chunk(2)
-    return untold + (cfg_scale + 1) * (told - untold)
+    guided = untold + (cfg_scale + 1) * (told - untold)
+    return guided.masked_fill(guided.isnan(), -torch.inf)  # impossible stays so
 
 
 def take_back(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dlmlib.diffusion.masking import uniform
+from dlmlib.device import uniform
 from dlmlib.errors import check
 
 SAMPLING_CHUNK = 2**21  # entries of float64 noise alive at once: 16 MiB

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dlmlib.decoding.canvas import Canvas
-from dlmlib.diffusion.masking import uniform
+from dlmlib.device import uniform
 from dlmlib.errors import check
 
 RULES = ("cap", "rescale", "conf", "loop")

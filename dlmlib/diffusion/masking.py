@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dlmlib.device import uniform
 from dlmlib.errors import check
 
 
@@ -108,15 +109,3 @@ def unmask_tokens(
     hidden = noised == mask_token_id
     shown = uniform(noised.shape, generator, noised.device) < reveal[:, None]
     return torch.where(hidden & shown, clean, noised)
-
-
-def uniform(
-    shape, generator: torch.Generator | None, device, dtype=torch.float32
-) -> Tensor:
-    """Uniform [0, 1) draws made on the generator's own device, then moved.
-
-    One seed therefore gives one stream, whatever device the model runs on.
-    """
-    source = generator.device if generator is not None else device
-    drawn = torch.rand(shape, generator=generator, device=source, dtype=dtype)
-    return drawn.to(device)

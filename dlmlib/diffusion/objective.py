@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dlmlib.diffusion.masking import Schedule, named_schedule, uniform
+from dlmlib.device import uniform
+from dlmlib.diffusion.masking import Schedule, named_schedule
 from dlmlib.errors import check
 from dlmlib.model.call import logits_at
 

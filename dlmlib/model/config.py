@@ -48,9 +48,9 @@ class DLMConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        super().__post_init__(**kwargs)
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
         for name in (*sizes, "num_attention_heads", "num_key_value_heads"):
             value = getattr(self, name)

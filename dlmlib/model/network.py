@@ -240,7 +240,8 @@ class DiffusionLM(PreTrainedModel):
         rope = rope_angles(position_ids, config.head_dim, config.rope_theta)
         states = []
         for block in body.layers:
-            states.append(x)
+            if keep:
+                states.append(x)
             x = block(x, rope, mask, cache, start)
         x = body.norm(x)
         return x, (*states, x) if keep else None

@@ -1,0 +1,303 @@
+"""Where work runs: device, dtype and why, seeds, scale, timers, memory in use.
+
+No other file of the library asks what hardware there is.
+"""
+
+import gc
+import os
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import psutil
+import torch
+
+from dlmlib.errors import check
+
+Value = TypeVar("Value")
+
+SCALES = ("ci", "laptop", "full")
+
+
+# ---- device and dtype
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A device, the dtype to compute in, and why these two."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+
+def _available() -> list[str]:
+    """The kinds of device on this machine, the preferred one first."""
+    kinds = ["cuda"] * torch.cuda.is_available()
+    return kinds + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+
+
+def _parse(name: str, value: str | torch.device) -> torch.device:
+    """Read a device's name and refuse one that is not on this machine."""
+    kinds = _available()
+    expected = f"one of {kinds} on this machine"
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        device = None
+    check(device is not None and device.type in kinds, name, str(value), expected)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        within = (device.index or 0) < count
+        check(within, name, str(value), f"a CUDA index from 0 to {count - 1}")
+    return device
+
+
+def _dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """bfloat16 where the GPU computes in it natively, float32 elsewhere."""
+    if device.type != "cuda":
+        return torch.float32, f"float32 on {device.type}"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU computes in bfloat16"
+    return torch.float32, "the GPU has no bfloat16"
+
+
+def pick_device(device: str | torch.device | None = None) -> Choice:
+    """Choose the device and dtype, and say why.
+
+    The argument wins over the environment variable DLM_DEVICE, which wins over
+    the best device here: cuda, then mps, then cpu.
+
+    Args:
+        device: "cuda", "cuda:1", "mps" or "cpu"; None to choose.
+
+    Returns:
+        Choice(device, dtype, reason).
+
+    Raises:
+        ValueError: the device is unknown or not on this machine.
+
+    Introduced in notebook 00.
+    """
+    override = os.environ.get("DLM_DEVICE")
+    if device is not None:
+        chosen, reason = _parse("device", device), "asked for by the caller"
+    elif override:
+        chosen, reason = _parse("DLM_DEVICE", override), "asked for by DLM_DEVICE"
+    else:
+        chosen = torch.device(_available()[0])
+        reason = {
+            "cuda": "a CUDA GPU is here",
+            "mps": "no CUDA GPU, but Apple's MPS is here",
+            "cpu": "no CUDA GPU and no MPS here",
+        }[chosen.type]
+    dtype, why = _dtype(chosen)
+    return Choice(chosen, dtype, f"{reason}; {why}")
+
+
+# ---- seeds and scale
+
+
+def generator(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A seeded source of random numbers on `device`.
+
+    Args:
+        seed: an integer from 0 to 2^32 - 1.
+        device: where the draws are made.
+
+    Raises:
+        ValueError: the seed is not such an integer.
+
+    Introduced in notebook 00.
+    """
+    _check_seed(seed)
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def uniform(
+    shape, generator: torch.Generator | None, device, dtype=torch.float32
+) -> Tensor:
+    """Uniform [0, 1) draws made on the generator's own device, then moved.
+
+    One seed therefore gives one stream, whatever device the model runs on.
+    """
+    source = generator.device if generator is not None else device
+    drawn = torch.rand(shape, generator=generator, device=source, dtype=dtype)
+    return drawn.to(device)
+
+
+def _check_seed(seed: int) -> None:
+    expected = "an integer from 0 to 2**32 - 1"  # what numpy accepts
+    check(isinstance(seed, int) and 0 <= seed < 2**32, "seed", seed, expected)
+
+
+def current_scale() -> str:
+    """The scale of the run: DLM_SCALE, or "laptop" when it is not set.
+
+    Returns:
+        "ci" (seconds a cell, for tests), "laptop" or "full" (published sizes).
+
+    Raises:
+        ValueError: DLM_SCALE is none of the three.
+
+    Introduced in notebook 00.
+    """
+    name = os.environ.get("DLM_SCALE") or "laptop"
+    check(name in SCALES, "DLM_SCALE", name, f"one of {list(SCALES)}")
+    return name
+
+
+def scale(*, ci: Value, laptop: Value, full: Value) -> Value:
+    """The one of three values that belongs to the current scale.
+
+    Args:
+        ci, laptop, full: the value at each scale.
+
+    Raises:
+        ValueError: DLM_SCALE is none of the three.
+
+    Introduced in notebook 00.
+    """
+    return {"ci": ci, "laptop": laptop, "full": full}[current_scale()]
+
+
+def setup(seed: int = 0, device: str | torch.device | None = None) -> torch.device:
+    """Seed everything and print, in four lines, what the run depends on.
+
+    Python's, numpy's and torch's global generators are seeded for code outside the
+    library; the library itself draws from the generators it is given.
+
+    Args:
+        seed: an integer from 0 to 2^32 - 1.
+        device: as in `pick_device`.
+
+    Returns:
+        The device to put models and tensors on.
+
+    Raises:
+        ValueError: a seed, device or DLM_SCALE that is not accepted.
+
+    Introduced in notebook 00.
+    """
+    _check_seed(seed)
+    choice, scale_name = pick_device(device), current_scale()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    packages = [f"{name} {version(name)}" for name in ("transformers", "dlmlib")]
+    versions = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    dtype = str(choice.dtype).removeprefix("torch.")
+    print(*versions, *packages, sep=" · ")
+    print(f"device {choice.device}: {choice.reason}")
+    print(f"dtype {dtype} · {torch.get_num_threads()} threads")
+    print(f"seed {seed} · scale {scale_name}")
+    return choice.device
+
+
+# ---- time
+
+
+def synchronize(device: str | torch.device) -> None:
+    """Wait until `device` has finished what it was given. Introduced in notebook 00."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
+class Timer:
+    """Measure the seconds of a block, waiting for the device before and after.
+
+    >>> with Timer(device) as timer: model(input_ids)
+    >>> timer.seconds
+
+    Introduced in notebook 00.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.device = device
+        self.seconds = float("nan")
+
+    def __enter__(self) -> "Timer":
+        synchronize(self.device)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        synchronize(self.device)
+        self.seconds = time.perf_counter() - self._start
+
+
+# ---- memory in use
+
+_rss_at_reset = 0  # the CPU keeps no allocator statistics, so we remember this
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process in RAM: now ("VmRSS") or at the peak ("VmHWM")."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(field))
+    except (OSError, StopIteration):  # not Linux: the peak only, never reset
+        import resource  # does not exist on Windows
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: str | torch.device) -> None:
+    """Start a new measurement of `peak_memory`. Introduced in notebook 00."""
+    global _rss_at_reset
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif kind == "cpu":
+        gc.collect()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # peak := now
+            _rss_at_reset = _resident("VmRSS")
+        except OSError:  # not Linux, or not allowed: the old peak stays
+            _rss_at_reset = _resident("VmHWM")
+
+
+def peak_memory(device: str | torch.device) -> int:
+    """The most memory held since `reset_peak_memory(device)`, in bytes.
+
+    The devices do not measure the same thing, so compare only like with like:
+
+    - CUDA: the most bytes in live tensors, weights included (torch's allocator).
+    - CPU: how far the process's resident memory rose above where it stood at the
+      reset. Weights loaded before do not count. Memory that was freed earlier but
+      kept by the process is used again unseen, and where the system cannot reset
+      the peak only growth above the old peak is seen: read it as a lower bound.
+    - MPS: the bytes in live tensors now, since MPS keeps no peak.
+
+    Introduced in notebook 00.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if kind == "mps":
+        return torch.mps.current_allocated_memory()
+    return max(0, _resident("VmHWM") - _rss_at_reset)
+
+
+def host_memory() -> int:
+    """Bytes of main memory that are free to use now."""
+    return psutil.virtual_memory().available
+
+
+def release_memory() -> None:
+    """Give cached blocks back, so that a smaller batch finds room."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
