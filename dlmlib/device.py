@@ -122,7 +122,7 @@ def generator(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
 
 def uniform(
     shape, generator: torch.Generator | None, device, dtype=torch.float32
-) -> Tensor:
+) -> torch.Tensor:
     """Uniform [0, 1) draws made on the generator's own device, then moved.
 
     One seed therefore gives one stream, whatever device the model runs on.
