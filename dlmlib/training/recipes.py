@@ -1,0 +1,200 @@
+"""Every shipped experiment by name, and `load`, which brings its trained model."""
+
+import hashlib
+import json
+import os
+import pkgutil
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dlmlib.device import pick_device
+from dlmlib.diffusion.objective import NELBO
+from dlmlib.errors import check
+from dlmlib.model import DiffusionLM, DLMConfig
+from dlmlib.training.batches import fresh_batches
+from dlmlib.training.checkpoints import load_weights, read_info, save_weights
+from dlmlib.training.fit import FitResult, fit
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights of one experiment.
+
+    name: what `load` is called with.
+    description: one line for people; not part of the hash.
+    task: "module:Class"; it has `tokenizer`, `length` and `sample(n, generator)`.
+    task_arguments: of that class.
+    model: fields of `DLMConfig`; vocabulary, special tokens and length are the task's.
+    objective: arguments of `NELBO`, without the mask token.
+    batch_size: rows of fresh samples in a step.
+    training: arguments of `fit`.
+    seed: of the initial weights, the samples and the noise.
+
+    Introduced in notebook 02.
+    """
+
+    name: str
+    description: str
+    task: str
+    task_arguments: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+    training: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the recipe as canonical JSON; stored with the weights it makes."""
+        facts = {k: v for k, v in asdict(self).items() if k != "description"}
+        text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in [
+        Recipe(
+            name="grammar",
+            description="masked diffusion on sentences of a small grammar",
+            task="dlmlib.tasks.grammar:Grammar",
+            model=dict(
+                hidden_size=64,
+                num_hidden_layers=3,
+                intermediate_size=192,
+                initializer_range=0.1,
+            ),
+            objective=dict(times="low_discrepancy"),
+            batch_size=64,
+            training=dict(steps=8000, lr=6e-3, warmup=100, ema=0.999),
+        ),
+    ]
+}
+
+
+def load(
+    name: str, *, device: str | torch.device | None = None, progress: bool = True
+) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
+    """A trained model and its tokenizer.
+
+    A recipe's checkpoint is used if there is one that this very recipe made; otherwise
+    the model is trained, once, and kept in the user's cache folder.
+
+    Args:
+        name: a recipe (see `RECIPES`), or a folder written by `save_pretrained`, or a
+            hub id of one.
+        device: where to; None to choose (see `pick_device`).
+        progress: show a bar if it has to be trained.
+    Returns:
+        The model, in evaluation mode, and the tokenizer.
+    Raises:
+        ValueError: the name is unknown, or its checkpoint cannot be read.
+
+    Introduced in notebook 03.
+    """
+    target = pick_device(device).device
+    if name not in RECIPES:
+        known = "a folder or hub id of a saved model, or one of " + str(sorted(RECIPES))
+        check("/" in str(name) or Path(name).is_dir(), "name", name, known)
+        return from_pretrained(name, target)
+    recipe = RECIPES[name]
+    task, model = build(recipe)
+    path = find_checkpoint(recipe)
+    if path is not None:
+        load_weights(path, model, recipe.hash)
+        model.to(target)
+    else:
+        make(recipe, model.to(target), task, data_folders()[-1], progress)
+    return model.eval(), task.tokenizer
+
+
+def from_pretrained(
+    source: str | Path, device: torch.device
+) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
+    """Read a folder or hub id in this library's own format.
+
+    Raises:
+        ValueError: the model is of another type.
+        OSError: there is nothing at `source`, or no network to fetch it.
+    """
+    fields, _ = DLMConfig.get_config_dict(source)
+    found, ours = fields.get("model_type"), DLMConfig.model_type
+    # Other formats (LLaDA, Dream) would branch off here.
+    check(found == ours, f"model_type of {source}", found, repr(ours))
+    model = DiffusionLM.from_pretrained(source).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def build(recipe: Recipe) -> tuple[Any, DiffusionLM]:
+    """The task of a recipe and its model, with the recipe's initial weights."""
+    task = pkgutil.resolve_name(recipe.task)(**recipe.task_arguments)
+    tokenizer = task.tokenizer
+    config = DLMConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=task.length,
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **recipe.model,
+    )
+    with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
+        torch.manual_seed(recipe.seed)
+        return task, DiffusionLM(config)
+
+
+def make(
+    recipe: Recipe, model: DiffusionLM, task: Any, folder: Path, progress: bool = True
+) -> FitResult:
+    """Train `model` (from `build`) by the recipe and save it under `folder`.
+
+    The training state is saved on the way: interrupted, the same call goes on with it.
+    """
+    path = checkpoint_path(folder, recipe.name)
+    unfinished = folder / "unfinished" / f"{recipe.name}-{recipe.hash[:12]}"
+    result = fit(
+        model,
+        fresh_batches(task, recipe.batch_size),
+        NELBO(task.tokenizer.mask_token_id, **recipe.objective),
+        seed=recipe.seed,
+        checkpoint=unfinished,
+        progress=progress,
+        **recipe.training,
+    )
+    last = [entry["loss"] for entry in result.history[-100:]]
+    save_weights(path, model, recipe.hash, loss=sum(last) / len(last))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return result
+
+
+def find_checkpoint(recipe: Recipe) -> Path | None:
+    """The first checkpoint, shipped or cached, that this very recipe made."""
+    for folder in data_folders():
+        path = checkpoint_path(folder, recipe.name)
+        if path.is_file() and read_info(path).get("recipe") == recipe.hash:
+            return path
+    return None
+
+
+def checkpoint_path(folder: Path, name: str) -> Path:
+    """Where a data folder keeps the weights of a recipe."""
+    return folder / "checkpoints" / f"{name}.safetensors"
+
+
+def data_folders() -> list[Path]:
+    """Where checkpoints are looked for, in order; `load` writes new ones to the last.
+
+    $DLM_DATA if set; else the repository's data folder, when the package lies in a
+    repository, and ~/.cache/dlmlib.
+    """
+    if os.environ.get("DLM_DATA"):
+        return [Path(os.environ["DLM_DATA"])]
+    root = Path(__file__).parents[2]
+    in_repository = (root / "pyproject.toml").is_file() and (root / "data").is_dir()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return [root / "data"] * in_repository + [cache / "dlmlib"]
