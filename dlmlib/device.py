@@ -17,7 +17,6 @@ from typing import TypeVar
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
 from dlmlib.errors import check
 

@@ -211,7 +211,7 @@ def test_remaking_lists_what_it_made(recipe, tmp_path, capsys):
     digest, size = shipping.sha256(path), path.stat().st_size
     assert digest in out and f"{size:,} bytes" in out
     line = f"| twins.safetensors | one word twice | {size:,} | `{digest}` |"
-    assert line in readme.read_text() and "recipes twins`" in readme.read_text()
+    assert line in readme.read_text() and "shipping twins`" in readme.read_text()
     readme.write_text("intro\n" + readme.read_text().replace(digest, "old") + "more\n")
     shipping.main(["twins"])  # the same bytes again
     text = readme.read_text()

@@ -31,7 +31,7 @@ def test_two_spellings():
         expected = {tokenizer.convert_tokens_to_ids(letter) for letter in letters}
         assert set(marginals[column].nonzero().flatten().tolist()) == expected
     assert joint.entropy() == pytest.approx(0.6931471805599453)
-    # Three columns differ, each worth one bit; the joint is worth one bit: two too many.
+    # Three columns differ, each worth one bit; the joint is worth one bit.
     assert joint.total_correlation() == pytest.approx(2 * 0.6931471805599453)
     divergence, off = joint.parallel_error([[0, 1, 2, 3, 4]])
     assert divergence == pytest.approx(joint.total_correlation())
