@@ -42,8 +42,8 @@ class Canvas:
         """Prompt, then `length` masks; ragged prompts are padded on the left.
 
         Raises:
-            ValueError: for a negative length, nothing to decode, an attention mask of
-                another shape, or padding that holds a mask token.
+            ValueError: for a negative length, nothing to decode, or an attention mask
+                of another shape or with padding elsewhere than on the left.
         """
         check(
             isinstance(length, int) and length >= 0, "length", length, "an integer >= 0"

@@ -10,10 +10,10 @@ from dlmlib.errors import check
 
 
 class Commit:
-    """Keeps the `quota` best-ranked positions of a row, and whatever `extra` adds.
+    """Keeps the `quota` best-ranked positions of a row: as it stands, one a step.
 
-    A schedule sets the quota and adds nothing; an adaptive rule keeps at least one and
-    adds all that pass its test.
+    A schedule sets the quota. An adaptive rule keeps all positions that pass its test,
+    and falls back on the best-ranked where these are fewer than the quota of one.
     """
 
     steps: int | None = None
@@ -32,17 +32,21 @@ class Commit:
         """Tokens to keep in each row, given `count` open positions."""
         return torch.ones_like(count)
 
-    def extra(self, proposal: Proposal, open_: Tensor) -> Bool[Tensor, "B T"] | None:
-        """Further positions to keep."""
+    def passing(self, proposal: Proposal, open_: Tensor) -> Bool[Tensor, "B T"] | None:
+        """Positions that pass an adaptive rule; None for schedules."""
         return None
 
     def __call__(
         self, proposal: Proposal, open_: Bool[Tensor, "B T"], quota: Int[Tensor, " B"]
     ) -> Bool[Tensor, "B T"]:
         """Positions to write now; ties go to the left."""
-        keep = ranks(proposal.score) < quota[:, None]
-        extra = self.extra(proposal, open_)
-        return (keep if extra is None else keep | extra) & open_
+        best = (ranks(proposal.score) < quota[:, None]) & open_
+        passing = self.passing(proposal, open_)
+        if passing is None:
+            return best
+        passing = passing & open_
+        too_few = passing.sum(1) < quota
+        return passing | (best & too_few[:, None])
 
 
 def ranks(score: Float[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -127,7 +131,7 @@ class Threshold(Commit):
         check(0 < threshold <= 1, "threshold", threshold, "within (0, 1]")
         self.threshold = threshold
 
-    def extra(self, proposal, open_):
+    def passing(self, proposal, open_):
         return proposal.logprob.exp() >= self.threshold
 
 
@@ -149,7 +153,7 @@ class Factor(Commit):
         check(factor > 0, "factor", factor, "> 0")
         self.factor = factor
 
-    def extra(self, proposal, open_):
+    def passing(self, proposal, open_):
         best, back = by_rank(proposal.logprob.exp(), descending=True)
         n = torch.arange(1, best.shape[1] + 1, device=best.device)
         holds = (n + 1) * (1 - best) < self.factor
@@ -174,7 +178,7 @@ class EntropyBound(Commit):
         check(bound >= 0, "bound", bound, ">= 0 nats")
         self.bound = bound
 
-    def extra(self, proposal, open_):
+    def passing(self, proposal, open_):
         entropy, back = by_rank(proposal.entropy, descending=False)
         # In rising order the largest is the last: the sum of those before it.
         before = entropy.cumsum(1) - entropy

@@ -63,7 +63,7 @@ def decode(
         model: any module that maps input_ids to `.logits`, logits[:, i] about token i.
         prompt_ids: [P] or [B, P] tensor, or a list of rows of any lengths.
         length: positions to append.
-        steps: shorthand for commit=Even(steps); default one token a step.
+        steps: shorthand for commit=Even(steps); without it, one token a step.
         block_length: shorthand for where=Blocks(block_length).
         where: Everywhere() (default) or Blocks(length).
         propose: order policy or its name: confidence, margin, entropy, random,
@@ -98,13 +98,14 @@ def decode(
     check_vocabulary(model, canvas)
     where = one_of("where", where, "block_length", block_length, Blocks) or Everywhere()
     commit = one_of("commit", commit, "steps", steps, Even)
-    commit = commit or Even(int(canvas.masked.sum(1).max()))
+    commit = commit or Commit()  # one token a step
     propose, phases = proposing.named(propose), where.phases(canvas)
     check_budget(commit, revise, phases)
     run = Run(canvas, Recorder(canvas) if trace else None)
     if streamer is not None:
         check(len(canvas.ids) == 1, "streamer", "given", "a batch of one row")
-        streamer.put(canvas.ids[:, : canvas.prompt_length].cpu())
+        begin = int(canvas.masked[0].nonzero()[0])  # the answer, infilling included
+        streamer.put(canvas.ids[:, :begin].cpu())
 
     while (open_ := where(canvas)).any():
         count = open_.sum(1)
@@ -132,10 +133,10 @@ def decode(
         canvas.erase(rows, back)
         run.count(rows, open_, proposal, keep, back, 2 if cfg_scale else 1)
         if streamer is not None and hasattr(streamer, "put_draft"):
-            streamer.put_draft(canvas.ids[:, canvas.prompt_length :].cpu())
+            streamer.put_draft(canvas.ids[:, begin:].cpu())
 
     if streamer is not None:
-        streamer.put(canvas.ids[:, canvas.prompt_length :].cpu())
+        streamer.put(canvas.ids[:, begin:].cpu())
         streamer.end()
     return run.output()
 

@@ -30,10 +30,10 @@ class Remask:
     Args:
         rule: one of the four.
         eta: strength in [0, 1]; unused by "conf".
-        steps: S, needed with an adaptive commit, which has no step budget of its own;
-            nothing is taken back from step S on.
+        steps: S of each block, needed with an adaptive commit, which has no budget of
+            its own (a schedule's own is used instead); nothing is taken back after it.
         alpha_on: "loop" only: share written when the loop begins, in (0, 1).
-        rounds: "loop" only: number of extra steps.
+        rounds: "loop" only: number of extra steps in each block.
     Raises:
         ValueError: for an unknown rule or a number outside its range.
     Source: ReMDM (arXiv 2503.00307), section 4. Its loop spends half of the steps
@@ -52,7 +52,8 @@ class Remask:
         check(0 <= eta <= 1, "eta", eta, "within [0, 1]")
         check(steps is None or steps >= 1, "steps", steps, "None or an integer >= 1")
         check(0 < alpha_on < 1, "alpha_on", alpha_on, "within (0, 1)")
-        check(rounds >= 0, "rounds", rounds, "an integer >= 0")
+        whole = isinstance(rounds, int) and rounds >= 0
+        check(whole, "rounds", rounds, "an integer >= 0")
         self.rule, self.eta, self.steps = rule, eta, steps
         self.alpha_on, self.rounds = alpha_on, rounds
 
@@ -76,7 +77,8 @@ class Remask:
         step = canvas.phase_step
         looping = torch.zeros_like(step, dtype=torch.bool)
         if self.rule == "loop":
-            looping = (step >= self.alpha_on * budget) & (canvas.held < self.rounds)
+            begin = (self.alpha_on * budget).minimum(budget - 1.0)
+            looping = (step >= begin) & (canvas.held < self.rounds)
         before = step / budget
         after = torch.where(looping, before, (step + 1) / budget)
         largest = ((1 - after) / before.clamp_min(1e-9)).clamp(0, 1)

@@ -34,7 +34,7 @@ class NELBO:
         schedule: "linear", "cosine", "polynomial" or a `Schedule`.
         times: see above.
         eps: smallest t drawn; keeps the weight finite. With eps the linear estimator
-            misses E_{t<eps}, a share of at most eps of the bound.
+            misses the times below it, a share of about eps of the bound.
     Raises:
         ValueError: for an unknown `times` or schedule, or eps outside (0, 1).
     Source: MDLM (arXiv 2406.07524), eq. 10-11; LLaDA (arXiv 2502.09992), eq. 3 and 6.
@@ -80,6 +80,8 @@ class NELBO:
             t = (1 - self.eps) * spread + self.eps
             hidden = draw >= self.schedule.alpha(t)[:, None]
             weight = (1 - self.eps) * self.schedule.weight(t)
+            # alpha(t) may round to 1: then nothing is hidden, and the weight infinite.
+            weight = weight.masked_fill(~hidden.any(1), 0.0)
         noisy = ids.masked_fill(hidden & maskable, self.mask_token_id)
         return {**batch, "noisy_ids": noisy, "weight": weight, "tokens": tokens}
 

@@ -13,12 +13,16 @@ def accepts(model, argument: str) -> bool:
 
     Data-parallel wrappers keep the model in `.module`, peft behind `get_base_model`.
     """
-    while hasattr(model, "module"):
-        model = model.module
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    model = unwrapped(model)
     call = getattr(model, "forward", model)
     return argument in inspect.signature(call).parameters
+
+
+def unwrapped(model):
+    """The model inside data-parallel wrappers and peft."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def logits_at(
@@ -66,6 +70,7 @@ def mask_token_of(model, mask_token_id: int | None = None) -> int:
         ValueError: if neither says.
     """
     if mask_token_id is None:
+        model = unwrapped(model)
         mask_token_id = getattr(getattr(model, "config", model), "mask_token_id", None)
     check(
         mask_token_id is not None,

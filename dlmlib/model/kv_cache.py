@@ -56,6 +56,8 @@ class KVCache:
             self.keys.append(key.detach().clone())
             self.values.append(value.detach().clone())
         else:
+            rows = self.keys[layer].shape[0]
+            check(key.shape[0] == rows, "rows", key.shape[0], f"{rows}, as cached")
             self.keys[layer][:, :, start:stop] = key
             self.values[layer][:, :, start:stop] = value
         return self.keys[layer], self.values[layer]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,7 +21,7 @@ class DLMOutput(ModelOutput):
     """What a forward returns.
 
     logits: [B, T, V], or [N, V] for N chosen positions; row i is about token i.
-    hidden_states: [B, T, D] after each block, the last one normalised, if asked for.
+    hidden_states: [B, T, D] before each block and the normalised end, if asked for.
     """
 
     logits: Tensor | None = None
@@ -140,11 +141,15 @@ def attention_mask_of(
     mask = None if valid is None else valid[:, None, None, :].bool()
     if config.attention == "bidirectional":
         return mask
-    query = torch.arange(start, start + columns, device=device)[:, None]
-    key = torch.arange(total, device=device)[None, :]
+    column = torch.arange(total, device=device)[None]  # [1, T]
+    place = column if valid is None else valid.long().cumsum(1) - 1  # [B, T]
     size = config.block_length if config.attention == "block_causal" else 1
-    order = (query // size >= key // size)[None, None]  # [1, 1, n, T]
-    return order if mask is None else (order & mask) | (query == key)
+    block = place // size
+    order = block[:, None, start : start + columns, None] >= block[:, None, None, :]
+    if mask is None:
+        return order
+    own = column[0, start : start + columns, None] == column
+    return (order & mask) | own
 
 
 class DiffusionLM(PreTrainedModel):
@@ -169,6 +174,27 @@ class DiffusionLM(PreTrainedModel):
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, **options):
+        """As transformers', but from safetensors only and never with random weights.
+
+        Raises:
+            ValueError: for tensors that the checkpoint lacks, adds or has in another
+                shape.
+        """
+        wants_info = options.pop("output_loading_info", False)
+        options = {"use_safetensors": True, "ignore_mismatched_sizes": True, **options}
+        try:
+            model, info = super().from_pretrained(
+                folder, *args, output_loading_info=True, **options
+            )
+        except SafetensorError as error:
+            raise ValueError(f"{folder}: unreadable safetensors ({error})") from error
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            names = sorted(map(str, info[problem]))
+            check(not names, problem, names, f"none in {folder}, whose config differs")
+        return (model, info) if wants_info else model
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
@@ -204,13 +230,14 @@ class DiffusionLM(PreTrainedModel):
                 `shift_logits`, feed one column more on the left than is needed: the
                 first column of a cached forward has no left neighbour to read from.
             start: first column of `input_ids` within the cache.
-            output_hidden_states: also return [B, n, D] after each block.
+            output_hidden_states: also return the states [B, n, D], see `DLMOutput`.
         Returns:
             logits [B, n, V], or [N, V] in row-major order of the chosen positions.
         Raises:
             ValueError: for a mask of the wrong shape or columns outside the cache.
         """
         columns = input_ids.shape[1]
+        check(start == 0 or cache is not None, "start", start, "0 without a cache")
         if position_ids is None:
             position_ids = torch.arange(
                 start, start + columns, device=input_ids.device
@@ -226,10 +253,13 @@ class DiffusionLM(PreTrainedModel):
         x, states = self.hidden(
             input_ids, attention_mask, position_ids, cache, start, output_hidden_states
         )
-        return DLMOutput(self.logits_at(x, logit_positions), states)
+        valid = None
+        if attention_mask is not None:
+            valid = attention_mask[:, start : start + columns].bool()
+        return DLMOutput(self.logits_at(x, logit_positions, valid), states)
 
     def hidden(self, input_ids, attention_mask, position_ids, cache, start, keep):
-        """Final normalised states [B, n, D], and those after each block if `keep`."""
+        """Final normalised states [B, n, D], and those before each block if `keep`."""
         config, body = self.config, self.model
         x = body.embed_tokens(input_ids)
         if cache is not None and attention_mask is None:
@@ -247,11 +277,18 @@ class DiffusionLM(PreTrainedModel):
         return x, (*states, x) if keep else None
 
     def logits_at(
-        self, x: Float[Tensor, "B n D"], positions: Tensor | None
+        self,
+        x: Float[Tensor, "B n D"],
+        positions: Tensor | None,
+        valid: Tensor | None = None,
     ) -> Float[Tensor, "*N V"]:
         """Output layer on the states that predict `positions` (all if None)."""
         if self.config.shift_logits:
-            x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+            left = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+            if valid is not None:  # the first real token has no left neighbour
+                first = valid & (valid.long().cumsum(1) == 1)
+                left = torch.where(first[..., None], x, left)
+            x = left
         if positions is not None:
             if positions.dtype == torch.bool:
                 positions = positions.flatten().nonzero()[:, 0]
