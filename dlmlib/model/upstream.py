@@ -1,0 +1,139 @@
+"""LLaDA and Dream checkpoints as they are published, read into `DiffusionLM`.
+
+Only names differ: a config that translates its fields, and a list of renamings that
+transformers applies shard by shard while it loads, and backwards when it saves.
+"""
+
+from transformers import AutoConfig, AutoModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from dlmlib.errors import check
+from dlmlib.model.config import DLMConfig
+from dlmlib.model.network import DiffusionLM
+
+
+def refuse_variants(family: str, only: dict, fields: dict) -> None:
+    """Raise ValueError for a field that asks for a network other than `DiffusionLM`."""
+    for name, accepted in only.items():
+        value = fields.get(name, accepted[0])
+        check(value in accepted, f"{family} config {name}", value, f"in {accepted}")
+
+
+class LLaDAConfig(DLMConfig):
+    """LLaDA's config.json (LLaDA-8B, LLaDA 1.5). Bidirectional, logits not shifted.
+
+    Raises:
+        ValueError: for a variant of the network that LLaDA's code knows and this one
+            does not (ALiBi, other norms, parallel blocks, ...).
+    Source: LLaDA (arXiv 2502.09992). Introduced in notebook 06.
+    """
+
+    model_type = "llada"
+    attribute_map = {  # noqa: RUF012
+        "d_model": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "n_layers": "num_hidden_layers",
+        "mlp_hidden_size": "intermediate_size",
+        "max_sequence_length": "max_position_embeddings",
+        "include_qkv_bias": "qkv_bias",
+        "weight_tying": "tie_word_embeddings",
+        "init_std": "initializer_range",
+    }
+    only = {  # noqa: RUF012
+        "alibi": (False,),
+        "rope": (True,),
+        "block_type": ("llama",),
+        "layer_norm_type": ("rms",),
+        "activation_type": ("silu", "swiglu"),
+        "include_bias": (False,),
+        "bias_for_layer_norm": (False, None),
+        "attention_layer_norm": (False,),
+        "input_emb_norm": (False,),
+        "scale_logits": (False,),
+        "multi_query_attention": (False, None),
+    }
+
+    def __post_init__(self, **kwargs):
+        refuse_variants("LLaDA", self.only, kwargs)
+        # The output layer has embedding_size rows, which may exceed the vocabulary.
+        self.vocab_size = kwargs.get("embedding_size") or self.vocab_size
+        super().__post_init__(**kwargs)
+
+    def to_dict(self):
+        """Upstream's field names, so that upstream's code reads what we save."""
+        back = {ours: theirs for theirs, ours in self.attribute_map.items()}
+        return {
+            back.get(name, name): value for name, value in super().to_dict().items()
+        }
+
+
+class DreamConfig(DLMConfig):
+    """Dream's config.json: Qwen2's layout, q/k/v biases, bidirectional, logits shifted.
+
+    Source: Dream (arXiv 2508.15487). Introduced in notebook 07.
+    """
+
+    model_type = "Dream"
+    qkv_bias: bool = True
+    shift_logits: bool = True
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1000000.0
+    only = {  # noqa: RUF012
+        "hidden_act": ("silu",),
+        "rope_scaling": (None,),
+        "use_sliding_window": (False,),
+    }
+
+    def __post_init__(self, **kwargs):
+        refuse_variants("Dream", self.only, kwargs)
+        kwargs.pop("rope_scaling", None)  # null; transformers warns of its old name
+        super().__post_init__(**kwargs)
+
+
+class LLaDA(DiffusionLM):
+    """`DiffusionLM` under LLaDA's tensor names."""
+
+    config_class = LLaDAConfig
+
+
+class Dream(DiffusionLM):
+    """`DiffusionLM` under Dream's tensor names, which are the same."""
+
+    config_class = DreamConfig
+
+
+LLADA_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_out": "self_attn.o_proj",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+
+
+def register() -> None:
+    """Make `AutoConfig` and `AutoModel` know both model types."""
+    for config, model in ((LLaDAConfig, LLaDA), (DreamConfig, Dream)):
+        AutoConfig.register(config.model_type, config)
+        AutoModel.register(config, model)
+    blocks = [
+        WeightRenaming(
+            rf"model.transformer.blocks.(\d+).{theirs}.", rf"model.layers.\1.{ours}."
+        )
+        for theirs, ours in LLADA_NAMES.items()
+    ]
+    rest = [
+        WeightRenaming(r"model.transformer.wte.", r"model.embed_tokens."),
+        WeightRenaming(r"model.transformer.ln_f.", r"model.norm."),
+        WeightRenaming(r"model.transformer.ff_out.", r"lm_head."),
+    ]
+    register_checkpoint_conversion_mapping("llada", [*blocks, *rest])
+
+
+register()
