@@ -118,7 +118,7 @@ class Scheduled(Even):
 
 
 class Threshold(Commit):
-    """Every token at least `threshold` probable, and always the best one.
+    """Every token at least `threshold` probable; the best one if none is.
 
     Args:
         threshold: tau, in (0, 1].

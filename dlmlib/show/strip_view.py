@@ -136,7 +136,7 @@ def _legend(ax: Axes, lines: list[list[Cell]], place: tuple[float, float]) -> No
     kinds = {cell.kind for line in lines for cell in line}
     entries = [([Cell(-1, 0, MASK_SYMBOL, "mask", np.nan)], "masked")]
     chips = [
-        Cell(-1, i, f"{p:.0%}", "written", p) for i, p in enumerate((0.25, 0.5, 1))
+        Cell(-1, i, f"{p:.0%}", "written", p) for i, p in enumerate((0.25, 0.5, 1.0))
     ]
     entries.append((chips, "just written, with this confidence"))
     if "erased" in kinds:
