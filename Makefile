@@ -23,7 +23,7 @@ stage = @echo "== $(1)"; start=$$(date +%s); { $(2); }; status=$$?; \
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help venv run lab test lint unit mechanics nbval browser store \
-	checkpoints lock clean
+	checkpoints picture lock clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 | \2/p' $(MAKEFILE_LIST) | \
@@ -74,6 +74,9 @@ store: $(STAMP) ## run NB=02 at the laptop scale and store its outputs in place
 
 checkpoints: $(STAMP) ## train every shipped checkpoint again
 	$(BIN)/python -m dlmlib.training.shipping
+
+picture: $(STAMP) ## draw the README's picture again
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tools.picture
 
 lock: ## resolve every version but torch's anew; writes constraints.txt
 	$(PYTHON) tools/lock.py $(TORCH)
