@@ -10,6 +10,7 @@ from dlmlib.decoding.propose import (
     Random,
     RightToLeft,
 )
+from dlmlib.decoding.reuse import DualCache, PrefixCache
 from dlmlib.decoding.revise import Remask
 from dlmlib.decoding.trace import Trace
 from dlmlib.decoding.where import Blocks, Everywhere
@@ -18,6 +19,7 @@ __all__ = [
     "Blocks",
     "Confidence",
     "DecodeOutput",
+    "DualCache",
     "EntropyBound",
     "Even",
     "Everywhere",
@@ -25,6 +27,7 @@ __all__ = [
     "LeftToRight",
     "Margin",
     "NegEntropy",
+    "PrefixCache",
     "Random",
     "Remask",
     "RightToLeft",

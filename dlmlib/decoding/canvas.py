@@ -76,14 +76,6 @@ class Canvas:
         """Positions still undecided."""
         return (self.ids == self.mask_token_id) & ~self.fixed
 
-    def rows(self, index: Tensor) -> "Canvas":
-        """A copy of the chosen rows, for a step that leaves the others out."""
-        per_row = ("ids", "valid", "fixed", "logprob", "phase", "phase_step", "held")
-        chosen = {name: getattr(self, name)[index] for name in per_row}
-        return Canvas(
-            prompt_length=self.prompt_length, mask_token_id=self.mask_token_id, **chosen
-        )
-
     def enter(self, phase: Int[Tensor, " B"]) -> None:
         """Move rows to their phase; a row that changes phase starts counting anew."""
         same = phase == self.phase

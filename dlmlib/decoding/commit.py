@@ -143,21 +143,26 @@ class Factor(Commit):
 
     Args:
         factor: f > 0; the theorem's own value is 1.
+        fast_dllm_tail: as Fast-dLLM's program, also write the last open token of the
+            block whenever all others pass (so two masks left always go together).
     Raises:
         ValueError: if f <= 0.
     Source: Fast-dLLM (arXiv 2505.22618), theorem 1 and section 3.3. Introduced in
     notebook 03.
     """
 
-    def __init__(self, factor: float = 1.0):
+    def __init__(self, factor: float = 1.0, fast_dllm_tail: bool = False):
         check(factor > 0, "factor", factor, "> 0")
-        self.factor = factor
+        self.factor, self.fast_dllm_tail = factor, fast_dllm_tail
 
     def passing(self, proposal, open_):
         best, back = by_rank(proposal.logprob.exp(), descending=True)
         n = torch.arange(1, best.shape[1] + 1, device=best.device)
-        holds = (n + 1) * (1 - best) < self.factor
-        return holds.long().cumprod(1).bool().gather(1, back)
+        number = ((n + 1) * (1 - best) < self.factor).long().cumprod(1).sum(1)
+        if self.fast_dllm_tail:
+            last = number.clamp_min(1) == open_.sum(1) - 1
+            number = torch.where(last, open_.sum(1), number)
+        return (n <= number[:, None]).gather(1, back)
 
 
 class EntropyBound(Commit):

@@ -10,11 +10,12 @@ from transformers.utils import ModelOutput
 from dlmlib.decoding import propose as proposing
 from dlmlib.decoding.canvas import Canvas
 from dlmlib.decoding.commit import Commit, Even
+from dlmlib.decoding.reuse import Reuse, View
 from dlmlib.decoding.revise import Remask
 from dlmlib.decoding.trace import Recorder, Trace
 from dlmlib.decoding.where import Blocks, Everywhere
 from dlmlib.errors import check
-from dlmlib.model.call import logits_at, mask_token_of
+from dlmlib.model.call import mask_token_of
 
 
 @dataclass
@@ -45,6 +46,7 @@ def decode(
     propose: str | proposing.Propose = "confidence",
     commit: Commit | None = None,
     revise: Remask | None = None,
+    reuse: Reuse | None = None,
     temperature: float = 0.0,
     cfg_scale: float = 0.0,
     attention_mask: Tensor | None = None,
@@ -70,6 +72,7 @@ def decode(
             left_to_right, right_to_left.
         commit: Even, Scheduled, Threshold, Factor or EntropyBound.
         revise: Remask(…) or None.
+        reuse: PrefixCache(), DualCache() or None, which computes everything anew.
         temperature: of the token draw, >= 0; 0 takes the most probable.
         cfg_scale: classifier-free guidance w: u + (w + 1)(c - u), u with the prompt
             masked; 0 is none.
@@ -102,6 +105,7 @@ def decode(
     propose, phases = proposing.named(propose), where.phases(canvas)
     check_budget(commit, revise, phases)
     run = Run(canvas, Recorder(canvas) if trace else None)
+    forward = Forward(model, canvas, reuse, cfg_scale)
     if streamer is not None:
         check(len(canvas.ids) == 1, "streamer", "given", "a batch of one row")
         begin = int(canvas.masked[0].nonzero()[0])  # the answer, infilling included
@@ -118,7 +122,7 @@ def decode(
         if len(rows) == 0:
             continue  # a step that writes nothing is not paid for
         open_, back, columns = open_[rows], back[rows], open_[rows].nonzero()[:, 1]
-        logits = guided_logits(model, canvas.rows(rows), open_, cfg_scale)
+        logits = forward(rows, open_)
         proposal = proposing.proposals(
             propose,
             logits,
@@ -131,7 +135,7 @@ def decode(
         keep = commit(proposal, open_, quota[rows])
         canvas.write(rows, keep, proposal.token, proposal.logprob)
         canvas.erase(rows, back)
-        run.count(rows, open_, proposal, keep, back, 2 if cfg_scale else 1)
+        run.count(rows, open_, proposal, keep, back, forward)
         if streamer is not None and hasattr(streamer, "put_draft"):
             streamer.put_draft(canvas.ids[:, begin:].cpu())
 
@@ -141,24 +145,47 @@ def decode(
     return run.output()
 
 
-def guided_logits(
-    model, canvas: Canvas, open_: Bool[Tensor, "B T"], cfg_scale: float
-) -> Float[Tensor, "N V"]:
-    """Logits of the open positions, with classifier-free guidance if asked for.
+class Forward:
+    """The network as the loop calls it: what may be reused, and guidance.
 
-    The unconditional forward sees the canvas with every prompt token masked.
+    Classifier-free guidance: u + (w + 1)(c - u), where u comes from the canvas with
+    every prompt token masked. Both are computed in one call on twice the rows, and
+    counted as two forwards.
 
     Source: LLaDA's generate; Nie et al. (arXiv 2410.18514). Introduced in notebook 06.
     """
-    padding = None if bool(canvas.valid.all()) else canvas.valid
-    if not cfg_scale:
-        return logits_at(model, canvas.ids, open_, padding)
-    blind = canvas.ids.masked_fill(canvas.fixed & canvas.valid, canvas.mask_token_id)
-    both = torch.cat([canvas.ids, blind]), torch.cat([open_, open_])
-    padding = None if padding is None else torch.cat([padding, padding])
-    told, untold = logits_at(model, *both, padding).chunk(2)
-    guided = untold + (cfg_scale + 1) * (told - untold)
-    return guided.masked_fill(guided.isnan(), -torch.inf)  # impossible stays so
+
+    def __init__(self, model, canvas: Canvas, reuse: Reuse | None, cfg_scale: float):
+        self.model, self.canvas, self.cfg_scale = model, canvas, cfg_scale
+        self.memory = (reuse or Reuse()).begin(model)
+        self.valid = None if bool(canvas.valid.all()) else canvas.valid
+        self.each = 2 if cfg_scale else 1  # forwards a row takes part in
+
+    @property
+    def calls(self) -> int:
+        """Forwards of the last step."""
+        return self.memory.calls * self.each
+
+    def __call__(
+        self, rows: Int[Tensor, " b"], open_: Bool[Tensor, "b T"]
+    ) -> Float[Tensor, "N V"]:
+        """Logits of the open positions of the active rows."""
+        canvas, valid = self.canvas, self.valid
+        view = View(canvas.ids, valid, canvas.phase)
+        if not self.cfg_scale:
+            return self.memory(self.model, view, rows, open_)
+        given = canvas.fixed & canvas.valid
+        blind = canvas.ids.masked_fill(given, canvas.mask_token_id)
+        both = View(
+            torch.cat([canvas.ids, blind]),
+            None if valid is None else torch.cat([valid, valid]),
+            torch.cat([canvas.phase, canvas.phase]),
+        )
+        twice = torch.cat([rows, rows + len(canvas.ids)])
+        logits = self.memory(self.model, both, twice, torch.cat([open_, open_]))
+        told, untold = logits.chunk(2)
+        guided = untold + (self.cfg_scale + 1) * (told - untold)
+        return guided.masked_fill(guided.isnan(), -torch.inf)  # impossible stays so
 
 
 def take_back(
@@ -190,10 +217,10 @@ class Run:
         self.row_forwards = torch.zeros_like(self.canvas.phase)
         self.row_tokens = torch.zeros_like(self.canvas.phase)
 
-    def count(self, rows: Int[Tensor, " b"], open_, proposal, keep, back, calls: int):
+    def count(self, rows: Int[Tensor, " b"], open_, proposal, keep, back, forward):
         """Add one step of the active rows."""
-        self.forwards += calls
-        self.row_forwards[rows] += calls
+        self.forwards += forward.calls
+        self.row_forwards[rows] += forward.each
         self.row_tokens[rows] += keep.sum(1)
         if self.recorder is not None:
             self.recorder.add(rows, open_, proposal, keep, back)

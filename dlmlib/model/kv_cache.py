@@ -1,6 +1,6 @@
 """Keys and values of every layer, in columns that can be overwritten."""
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dlmlib.errors import check
@@ -61,3 +61,10 @@ class KVCache:
             self.keys[layer][:, :, start:stop] = key
             self.values[layer][:, :, start:stop] = value
         return self.keys[layer], self.values[layer]
+
+    def rows(self, index: Int[Tensor, " b"]) -> "KVCache":
+        """A copy for some of the rows."""
+        chosen = KVCache(self.length)
+        chosen.keys = [key[index] for key in self.keys]
+        chosen.values = [value[index] for value in self.values]
+        return chosen

@@ -7,10 +7,8 @@ Left out, and why:
   `entropy_T0.4_topp0.95_seeded`, `entropy_algtemp0.5_seeded`): upstream draws noise for
   the whole canvas from torch's global generator, we for the open positions only;
 - `logits_eos_inf`, `confidence_eos_eot_inf`: the switches come with LLaDA itself;
-- `generate/factor1`, `generate/factor2`: upstream also commits the token at which its
-  scan stops on the last rank; that quirk comes with Fast-dLLM itself;
-- `generate_with_prefix_cache/*`, `generate_with_dual_cache/*`, Fast-dLLM Dream's
-  `prefix_*` and `dual_*`: caches come with Fast-dLLM itself;
+- Fast-dLLM Dream's `prefix_*` and `dual_*`: upstream reads the first logit of a cached
+  block from the block itself, not from its left neighbour as Dream's shift asks;
 - Fast-dLLM Dream's `nocache_thr0.5`: upstream also caps a step at length / steps tokens
   plus those that earlier steps left over, a rule that `Threshold` does not have;
 - `prompt_contains_mask`: upstream leaves the prompt's masks in the result;
@@ -20,7 +18,15 @@ Left out, and why:
 import pytest
 import torch
 
-from dlmlib.decoding import Even, Scheduled, Threshold, decode
+from dlmlib.decoding import (
+    DualCache,
+    Even,
+    Factor,
+    PrefixCache,
+    Scheduled,
+    Threshold,
+    decode,
+)
 from dlmlib.decoding.canvas import Canvas
 from dlmlib.decoding.propose import Confidence, proposals, sample
 
@@ -35,8 +41,15 @@ LLADA = (
     "cfg_1.5",
     "cfg_0.5_batch2_leftpad",
 )
+CACHES = {
+    "generate": Reuse,
+    "generate_with_prefix_cache": PrefixCache,
+    "generate_with_dual_cache": DualCache,
+}
 FASTDLLM = tuple(
-    f"generate/{rule}" for rule in ("steps", "steps_uneven", "thr0.9", "thr0.5")
+    f"{program}/{rule}"
+    for program in CACHES
+    for rule in ("steps", "steps_uneven", "thr0.9", "thr0.5", "factor1", "factor2")
 )
 DREAM = (
     "maskgit_plus_T0",
@@ -56,15 +69,6 @@ LLADA_LEFT_OUT = (
     "confidence_eos_eot_inf",
     "prompt_contains_mask",
     "cfg_without_attention_mask",
-)
-FASTDLLM_LEFT_OUT = (
-    "generate/factor1",
-    "generate/factor2",
-    *(
-        f"generate_with_{cache}_cache/{rule}"
-        for cache in ("prefix", "dual")
-        for rule in ("steps", "steps_uneven", "thr0.9", "thr0.5", "factor1", "factor2")
-    ),
 )
 DREAM_LEFT_OUT = (
     "origin_T0_seeded",
@@ -138,21 +142,33 @@ def test_masks_in_the_prompt_are_filled(llada):
 
 
 @pytest.mark.parametrize("name", FASTDLLM)
-def test_fastdllm_llada_uncached(llada, name):
+def test_fastdllm_llada(llada, name):
+    """All caches and rules; every forward is fed the columns that upstream fed."""
     call = llada.calls[f"fastdllm_llada/{name}"]
     golden, args = llada.of(f"fastdllm_llada/{name}"), call["args"]
-    tau = args.get("threshold")
-    rule = {"steps": args["steps"]} if tau is None else {"commit": Threshold(tau)}
+    rule = {"steps": args["steps"]}
+    if "threshold" in args:
+        rule = {"commit": Threshold(args["threshold"])}
+    if "factor" in args:
+        rule = {"commit": Factor(args["factor"], fast_dllm_tail=True)}
+    reuse, fed = CACHES[name.partition("/")[0]](), []
+    hook = llada.model.register_forward_pre_hook(
+        lambda _, given: fed.append(given[0].clone())
+    )
     out = decode(
         llada.model,
         golden["prompt"],
         length=args["gen_length"],
         block_length=args["block_length"],
+        reuse=reuse,
         trace=True,
         **rule,
     )
-    assert_same_path(out, golden["forward_inputs"], golden["output"])
-    assert out.forwards == call["n_forwards"]
+    hook.remove()
+    assert torch.equal(out.sequences, golden["output"])
+    assert out.forwards == call["n_forwards"] == len(fed)
+    for ours, theirs in zip(fed, golden["forward_inputs"], strict=True):
+        assert torch.equal(ours, theirs[theirs >= 0][None])
 
 
 @pytest.mark.parametrize("name", DREAM)
@@ -193,7 +209,7 @@ def test_every_call_is_compared_or_left_out(llada, dream):
     """Compared and left-out calls together are all the recorded ones."""
     programs = {
         "llada_generate": (llada, LLADA, LLADA_LEFT_OUT),
-        "fastdllm_llada": (llada, FASTDLLM, FASTDLLM_LEFT_OUT),
+        "fastdllm_llada": (llada, FASTDLLM, ()),
         "dream_generate": (dream, DREAM, DREAM_LEFT_OUT),
         "fastdllm_dream": (dream, ("nocache_thr0.9",), FASTDLLM_DREAM_LEFT_OUT),
     }

@@ -37,7 +37,7 @@ from dlmlib.decoding import (
     decode,
 )
 from dlmlib.decoding.canvas import Canvas
-from dlmlib.decoding.decode import guided_logits
+from dlmlib.decoding.decode import Forward
 from dlmlib.decoding.propose import NAMED
 from dlmlib.tasks.toy import Joint
 from dlmlib.text import word_tokenizer
@@ -405,7 +405,7 @@ def test_guidance_formula_and_what_the_blind_half_sees():
     seen = watch(model)
     canvas = Canvas.start([[1, 2, 10, 3], [4]], 2, 10)
     open_ = canvas.masked
-    guided = guided_logits(model, canvas, open_, 1.5)
+    guided = Forward(model, canvas, None, 1.5)(torch.arange(2), open_)
     assert len(seen) == 1 and len(seen[0]) == 4
     assert torch.equal(seen[0][:2], canvas.ids)
     real = canvas.valid

@@ -1,0 +1,186 @@
+"""What may we reuse? Keys and values of columns that this step does not compute."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dlmlib.errors import check
+from dlmlib.model.call import accepts, logits_at, unwrapped
+from dlmlib.model.kv_cache import KVCache
+
+
+@dataclass
+class View:
+    """What a forward may see of the canvas.
+
+    Fields:
+        ids: tokens [B, T].
+        valid: [B, T], False on padding; None if there is none.
+        phase: the block each row is in [B].
+    """
+
+    ids: Int[Tensor, "B T"]
+    valid: Bool[Tensor, "B T"] | None
+    phase: Int[Tensor, " B"]
+
+    def padding(self, rows: Int[Tensor, " b"]) -> Bool[Tensor, "b T"] | None:
+        """`valid` of some rows."""
+        return None if self.valid is None else self.valid[rows]
+
+
+class Recompute:
+    """Remembers nothing: every forward sees the whole canvas. Exact."""
+
+    calls = 1
+
+    def __call__(
+        self, model, view: View, rows: Int[Tensor, " b"], open_: Bool[Tensor, "b T"]
+    ) -> Float[Tensor, "N V"]:
+        """Logits of the open positions of the active rows, in row-major order."""
+        return logits_at(model, view.ids[rows], open_, view.padding(rows))
+
+
+class Reuse:
+    """What a decode remembers between forwards: by default, nothing."""
+
+    def begin(self, model) -> "Recompute | BlockCache":
+        """The memory of one run."""
+        return Recompute()
+
+
+class PrefixCache(Reuse):
+    """Keys and values left of the block are kept while the block is decoded.
+
+    They are computed at the block's first step, by a forward over everything that also
+    decodes; the steps after it feed the columns from the block to the end. An
+    approximation: kept keys do not see what the block wrote since.
+
+    Source: Fast-dLLM (arXiv 2505.22618), section 3.2. Introduced in notebook 08.
+    """
+
+    whole_suffix = True
+
+    def begin(self, model) -> "BlockCache":
+        """An empty cache.
+
+        Raises:
+            ValueError: if the model takes no `cache`.
+        """
+        name = type(model).__name__
+        check(accepts(model, "cache"), "model", name, "a forward with cache and start")
+        return BlockCache(self.whole_suffix)
+
+
+class DualCache(PrefixCache):
+    """Keys and values on both sides of the block are kept while it is decoded.
+
+    As `PrefixCache`, but the steps after the first feed the block alone.
+
+    Source: Fast-dLLM (arXiv 2505.22618), section 3.2. Introduced in notebook 08.
+    """
+
+    whole_suffix = False
+
+
+@dataclass
+class Group:
+    """Rows that decode the same columns [start, stop) over one cache."""
+
+    rows: Int[Tensor, " b"]
+    start: int
+    stop: int
+    cache: KVCache
+
+
+class BlockCache:
+    """The keys and values of one run, refreshed whenever a row enters a block.
+
+    Rows whose open columns differ are kept in separate groups, each a forward of its
+    own, so that a row's answer does not depend on its neighbours.
+    """
+
+    def __init__(self, whole_suffix: bool):
+        self.whole_suffix = whole_suffix
+        self.groups: list[Group] = []
+        self.seen: Tensor | None = None  # [B], the phase each row was refreshed in
+        self.calls = 0
+
+    def __call__(self, model, view: View, rows, open_) -> Float[Tensor, "N V"]:
+        """As `Recompute`, over cached keys and values where there are any."""
+        if self.seen is None:
+            self.seen = torch.full_like(view.phase, -1)
+        fresh = self.seen[rows] != view.phase[rows]
+        parts, owners = [], []
+        for group in self.groups:
+            here = torch.isin(rows, group.rows) & ~fresh
+            if here.any():
+                self.narrow(group, rows[here])
+                parts.append(self.inside(model, view, group, open_[here]))
+                owners.append(here)
+        if fresh.any():
+            parts.append(self.refresh(model, view, rows[fresh], open_[fresh]))
+            owners.append(fresh)
+        self.calls = len(parts)
+        return in_row_order(parts, owners, open_)
+
+    def refresh(self, model, view, rows, open_) -> Float[Tensor, "n V"]:
+        """Compute everything for rows that entered a block, and keep it."""
+        length = open_.shape[1]
+        cache, valid = KVCache(length), view.padding(rows)
+        options = {} if valid is None else {"position_ids": positions(valid)}
+        logits = model(
+            view.ids[rows], valid, cache=cache, logit_positions=open_, **options
+        ).logits
+        self.seen[rows] = view.phase[rows]
+        self.groups = [g for g in self.groups if not torch.isin(g.rows, rows).all()]
+        first = open_.int().argmax(1)
+        stop = length - open_.flip(1).int().argmax(1)
+        shift = getattr(unwrapped(model).config, "shift_logits", False)
+        for start, end in torch.stack([first, stop], 1).unique(dim=0).tolist():
+            mine = (first == start) & (stop == end)
+            self.groups.append(
+                Group(
+                    rows[mine],
+                    max(start - shift, 0),  # a shifted logit is its left neighbour's
+                    length if self.whole_suffix else end,
+                    cache if mine.all() else cache.rows(mine.nonzero()[:, 0]),
+                )
+            )
+        return logits
+
+    def narrow(self, group: Group, rows: Int[Tensor, " b"]) -> None:
+        """Drop the rows that left a group."""
+        if len(rows) < len(group.rows):
+            keep = torch.isin(group.rows, rows).nonzero()[:, 0]
+            group.rows, group.cache = group.rows[keep], group.cache.rows(keep)
+
+    def inside(self, model, view, group, open_) -> Float[Tensor, "n V"]:
+        """Compute the group's columns only."""
+        columns, valid = slice(group.start, group.stop), view.padding(group.rows)
+        options = {}
+        if valid is not None:
+            options["position_ids"] = positions(valid)[:, columns]
+        return model(
+            view.ids[group.rows, columns],
+            valid,
+            cache=group.cache,
+            start=group.start,
+            logit_positions=open_[:, columns],
+            **options,
+        ).logits
+
+
+def in_row_order(parts, owners, open_) -> Float[Tensor, "N V"]:
+    """Logits of several groups of rows, put back into row-major order."""
+    if len(parts) == 1:
+        return parts[0]
+    row = open_.nonzero()[:, 0]
+    place = torch.cat([owner[row].nonzero()[:, 0] for owner in owners])
+    return torch.cat(parts)[place.argsort()]
+
+
+def positions(valid: Bool[Tensor, "b T"]) -> Int[Tensor, "b T"]:
+    """Rotary positions counted from each row's first real token."""
+    return (valid.long().cumsum(1) - 1).clamp_min(0)
