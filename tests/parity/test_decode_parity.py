@@ -29,6 +29,7 @@ from dlmlib.decoding import (
 )
 from dlmlib.decoding.canvas import Canvas
 from dlmlib.decoding.propose import Confidence, proposals, sample
+from dlmlib.decoding.reuse import Reuse
 
 LLADA = (
     "lowconf_single_block",
