@@ -101,6 +101,7 @@ def execute(notebook, folder: Path) -> tuple[int, str]:
         kernel_name="python3",
         record_timing=False,
         store_widget_state=False,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
     )
     start, error = time.monotonic(), ""
