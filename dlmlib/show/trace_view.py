@@ -125,7 +125,8 @@ def _order_of_many(trace, rows, title, ax):
     share = torch.zeros(steps, length)
     for step in range(steps):
         share[step] = (commit == step).float().mean(0)
-    image = _image(ax, share.masked_fill(share == 0, torch.nan).numpy(), cmap=AMOUNT)
+    seen = share.masked_fill(share == 0, torch.nan).numpy()
+    image = _image(ax, seen, cmap=AMOUNT, vmin=0)
     ever = (commit >= 0).sum(0)
     mean = (commit + 1).clamp(min=0).sum(0) / ever.where(ever > 0, torch.nan)
     ax.plot(mean.numpy(), "--", color=EXACT, linewidth=1.2)

@@ -1,8 +1,14 @@
 """tools/notebooks.py: what runs, what is stored, what a failure looks like."""
 
+import base64
+import io
+
 import nbformat
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from tools import notebooks
 
@@ -144,3 +150,23 @@ def test_missing_and_repeated_ids_become_stable():
     notebooks.unique_ids(notebook)
     ids = [cell.id for cell in notebook.cells]
     assert ids[1] == "cell-1" and ids[3] == "cell-3" and len(set(ids)) == 4
+
+
+def test_pictures_get_smaller_and_look_the_same():
+    """A heat map with labels: fewer bytes, and no pixel more than a few shades off."""
+    figure = Figure(figsize=(6, 3), dpi=100)
+    ax = figure.subplots()
+    ax.imshow(np.random.default_rng(0).random((8, 16)))
+    ax.set_title("What a reader sees")
+    stored = io.BytesIO()
+    figure.savefig(stored, format="png")
+    text = base64.b64encode(stored.getvalue()).decode()
+    small = notebooks.smaller(text)
+    assert len(small) < 0.7 * len(text)
+    assert notebooks.smaller(small) == small
+    before, after = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+        for png in (text, small)
+    )
+    off = np.abs(before.astype(int) - after)
+    assert off.mean() < 1 and (off > 16).mean() < 0.01
