@@ -4,7 +4,16 @@ Only names differ: a config that translates its fields, and a list of renamings 
 transformers applies shard by shard while it loads, and backwards when it saves.
 """
 
-from transformers import AutoConfig, AutoModel
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2Tokenizer,
+)
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -102,6 +111,44 @@ class Dream(DiffusionLM):
     """`DiffusionLM` under Dream's tensor names, which are the same."""
 
     config_class = DreamConfig
+
+
+def load_pretrained(
+    source: str | Path, device: torch.device | None = None, **options
+) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder or hub id, in our own format or an official one.
+
+    Nothing of the repository is executed: Dream's tokenizer class is Qwen2's with other
+    special tokens, and is read as that.
+
+    Args:
+        source: a folder, or a hub id such as "GSAI-ML/LLaDA-8B-Instruct".
+        device: where to; None leaves it to `device_map`, or on the CPU.
+        options: for transformers: dtype (default: the checkpoint's own), device_map,
+            quantization_config, revision, local_files_only, ...
+    Returns:
+        The model, in evaluation mode, and the tokenizer.
+    Raises:
+        ValueError: another kind of model, or a checkpoint that does not fit its config.
+        OSError: there is nothing at `source`, or no network to fetch it.
+    Introduced in notebook 06.
+    """
+    kinds = {c.config_class.model_type: c for c in (DiffusionLM, LLaDA, Dream)}
+    try:
+        fields, _ = DLMConfig.get_config_dict(source)
+    except OSError as error:
+        raise OSError(
+            f"{source}: no config.json could be read ({error}) Give a folder that holds "
+            "the checkpoint; or allow downloads (unset HF_HUB_OFFLINE, check the "
+            "network); for a gated repository run `hf auth login` first."
+        ) from error
+    found = fields.get("model_type")
+    check(found in kinds, f"model_type of {source}", found, f"one of {sorted(kinds)}")
+    model = kinds[found].from_pretrained(source, **{"dtype": "auto", **options})
+    if device is not None and "device_map" not in options:
+        model = model.to(device)
+    reader = Qwen2Tokenizer if found == "Dream" else AutoTokenizer
+    return model.eval(), reader.from_pretrained(source)
 
 
 LLADA_NAMES = {

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dlmlib.device import pick_device
 from dlmlib.diffusion.objective import NELBO
 from dlmlib.errors import check
 from dlmlib.model import DiffusionLM, DLMConfig
+from dlmlib.model.upstream import load_pretrained
 from dlmlib.training.batches import fresh_batches
 from dlmlib.training.checkpoints import load_weights, read_info, save_weights
 from dlmlib.training.fit import FitResult, fit
@@ -78,7 +79,11 @@ RECIPES = {
 
 
 def load(
-    name: str, *, device: str | torch.device | None = None, progress: bool = True
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    **options,
 ) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
     """A trained model and its tokenizer.
 
@@ -86,10 +91,12 @@ def load(
     the model is trained, once, and kept in the user's cache folder.
 
     Args:
-        name: a recipe (see `RECIPES`), or a folder written by `save_pretrained`, or a
-            hub id of one.
+        name: a recipe (see `RECIPES`), or a folder or hub id of a model in our own,
+            LLaDA's or Dream's format.
         device: where to; None to choose (see `pick_device`).
         progress: show a bar if it has to be trained.
+        options: for a folder or hub id, what `load_pretrained` takes: dtype,
+            device_map, quantization_config, ...
     Returns:
         The model, in evaluation mode, and the tokenizer.
     Raises:
@@ -101,7 +108,8 @@ def load(
     if name not in RECIPES:
         known = "a folder or hub id of a saved model, or one of " + str(sorted(RECIPES))
         check("/" in str(name) or Path(name).is_dir(), "name", name, known)
-        return from_pretrained(name, target)
+        return load_pretrained(name, target, **options)
+    check(not options, "options", sorted(options), "none with a recipe")
     recipe = RECIPES[name]
     task, model = build(recipe)
     path = find_checkpoint(recipe)
@@ -111,23 +119,6 @@ def load(
     else:
         make(recipe, model.to(target), task, data_folders()[-1], progress)
     return model.eval(), task.tokenizer
-
-
-def from_pretrained(
-    source: str | Path, device: torch.device
-) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
-    """Read a folder or hub id in this library's own format.
-
-    Raises:
-        ValueError: the model is of another type.
-        OSError: there is nothing at `source`, or no network to fetch it.
-    """
-    fields, _ = DLMConfig.get_config_dict(source)
-    found, ours = fields.get("model_type"), DLMConfig.model_type
-    # Other formats (LLaDA, Dream) would branch off here.
-    check(found == ours, f"model_type of {source}", found, repr(ours))
-    model = DiffusionLM.from_pretrained(source).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(source)
 
 
 def build(recipe: Recipe) -> tuple[Any, DiffusionLM]:

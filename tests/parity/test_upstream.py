@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
+import dlmlib as dlm
 from dlmlib.model import Dream, LLaDA
 
 FAMILIES = {"llada_a": LLaDA, "dream_a": Dream}
@@ -131,3 +133,104 @@ def test_output_rows_may_exceed_the_vocabulary(tmp_path):
         shutil.copyfile(GOLDENS / "llada_a" / name, tmp_path / name)
     rewrite(tmp_path, vocab_size=490)
     assert AutoModel.from_pretrained(tmp_path).config.vocab_size == 512
+
+
+# ---- dlm.load: model and tokenizer of a folder as it is published
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = "2 + 2 = 4, naïvely.\n  Two spaces."
+
+
+def byte_level() -> Tokenizer:
+    """A small byte-level BPE, the kind that both families use."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=sorted(alphabet))
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    return tokenizer
+
+
+def add_llada_tokenizer(folder):
+    """tokenizer.json and its config, whose class is transformers' own."""
+    special = {"mask_token": "<|mdm_mask|>", "eos_token": "<|endoftext|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=byte_level(), **special)
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)
+
+
+def add_dream_tokenizer(folder):
+    """vocab.json, merges.txt, and a config that names code we do not run."""
+    bpe = byte_level()
+    bpe.model.save(str(folder))
+    names = (
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|beginoftext|>",
+        "<|mask|>",
+    )
+    added = {
+        str(bpe.get_vocab_size() + i): {
+            "content": name,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
+        for i, name in enumerate(names)
+    }
+    config = {
+        "added_tokens_decoder": added,
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "tokenizer_class": "DreamTokenizer",
+        "bos_token": "<|beginoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "chat_template": CHAT,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+TOKENIZERS = {"llada_a": add_llada_tokenizer, "dream_a": add_dream_tokenizer}
+
+
+def test_load_brings_model_and_tokenizer(folder, family):
+    TOKENIZERS[family](folder)
+    code = {"AutoModel": "modeling_other.OtherModel"}  # as published; must not be run
+    rewrite(folder, auto_map=code)
+    model, tokenizer = dlm.load(folder, device="cpu")
+    assert type(model) is FAMILIES[family] and not model.training
+    ids = tokenizer.encode(TEXT, add_special_tokens=False)
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.mask_token_id is not None and tokenizer.mask_token_id not in ids
+    chat = [{"role": "user", "content": "2 + 2"}]
+    said = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=False
+    )
+    assert said == "<|im_start|>user\n2 + 2<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tokenizer(said, return_tensors="pt").input_ids
+    out = dlm.decode(model, prompt, length=8, block_length=4, steps=4)
+    assert not (out.sequences == model.config.mask_token_id).any()
+
+
+def test_load_passes_options_through(folder, family):
+    TOKENIZERS[family](folder)
+    model, _ = dlm.load(folder, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match=r"options=\['dtype'\]: expected none"):
+        dlm.load("grammar", dtype=torch.bfloat16)
+
+
+def test_a_repository_that_cannot_be_reached_says_so():
+    with pytest.raises(
+        OSError, match=r"(?s)GSAI-ML/LLaDA-8B-Instruct: .*HF_HUB_OFFLINE"
+    ):
+        dlm.load("GSAI-ML/LLaDA-8B-Instruct")
