@@ -138,8 +138,8 @@ def load_pretrained(
         fields, _ = DLMConfig.get_config_dict(source)
     except OSError as error:
         raise OSError(
-            f"{source}: no config.json could be read ({error}) Give a folder that holds "
-            "the checkpoint; or allow downloads (unset HF_HUB_OFFLINE, check the "
+            f"{source}: no config.json could be read ({error}) Give a folder that "
+            "holds the checkpoint; or allow downloads (unset HF_HUB_OFFLINE, check the "
             "network); for a gated repository run `hf auth login` first."
         ) from error
     found = fields.get("model_type")
