@@ -148,11 +148,23 @@ def clean(notebook) -> list[str]:
         )
         if cell.cell_type == "code":
             warnings += [o.text for o in cell.outputs if o.get("name") == "stderr"]
-            cell.outputs = [o for o in cell.outputs if _keep(o)]
+            cell.outputs = joined(o for o in cell.outputs if _keep(o))
             for output in cell.outputs:
                 if "image/png" in output.get("data", {}):
                     output.data["image/png"] = smaller(output.data["image/png"])
     return warnings
+
+
+def joined(outputs) -> list:
+    """Consecutive pieces of one stream as one output, however they arrived."""
+    result = []
+    for output in outputs:
+        last = result[-1] if result else {}
+        if output.output_type == "stream" and last.get("name") == output.name:
+            last.text += output.text
+        else:
+            result.append(output)
+    return result
 
 
 def smaller(png: str) -> str:

@@ -170,3 +170,11 @@ def test_pictures_get_smaller_and_look_the_same():
     )
     off = np.abs(before.astype(int) - after)
     assert off.mean() < 1 and (off > 16).mean() < 0.01
+
+
+def test_pieces_of_a_stream_are_joined():
+    pieces = [new_output("stream", name="stdout", text=t) for t in ("a\n", "b\n")]
+    picture = new_output("display_data", data={"text/plain": "x"})
+    last = new_output("stream", name="stdout", text="c")
+    outputs = notebooks.joined([*pieces, picture, last])
+    assert [o.get("text") for o in outputs] == ["a\nb\n", None, "c"]
