@@ -12,6 +12,7 @@ from dlmlib.decoding.propose import (
 )
 from dlmlib.decoding.reuse import DualCache, PrefixCache
 from dlmlib.decoding.revise import Remask
+from dlmlib.decoding.stop import EarlyCommit
 from dlmlib.decoding.trace import Trace
 from dlmlib.decoding.where import Blocks, Everywhere
 
@@ -20,6 +21,7 @@ __all__ = [
     "Confidence",
     "DecodeOutput",
     "DualCache",
+    "EarlyCommit",
     "EntropyBound",
     "Even",
     "Everywhere",

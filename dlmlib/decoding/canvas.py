@@ -23,6 +23,7 @@ class Canvas:
         phase: each row's current block (0 without blocks).
         phase_step: steps the row has taken in its phase.
         held: steps the row has spent in a revision loop of its phase.
+        steps_taken: steps the row has taken in all.
     """
 
     ids: Int[Tensor, "B T"]
@@ -34,6 +35,7 @@ class Canvas:
     phase: Int[Tensor, " B"]
     phase_step: Int[Tensor, " B"]
     held: Int[Tensor, " B"]
+    steps_taken: Int[Tensor, " B"]
 
     @staticmethod
     def start(
@@ -69,6 +71,7 @@ class Canvas:
             phase=zero,
             phase_step=zero.clone(),
             held=zero.clone(),
+            steps_taken=zero.clone(),
         )
 
     @property

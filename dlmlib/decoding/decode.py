@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.utils import ModelOutput
 
 from dlmlib.decoding import propose as proposing
 from dlmlib.decoding.canvas import Canvas
 from dlmlib.decoding.commit import Commit, Even
-from dlmlib.decoding.reuse import Reuse, View
+from dlmlib.decoding.reuse import Forward, Reuse
 from dlmlib.decoding.revise import Remask
+from dlmlib.decoding.stop import EarlyCommit
 from dlmlib.decoding.trace import Recorder, Trace
 from dlmlib.decoding.where import Blocks, Everywhere
 from dlmlib.errors import check
@@ -47,6 +48,7 @@ def decode(
     commit: Commit | None = None,
     revise: Remask | None = None,
     reuse: Reuse | None = None,
+    stop: EarlyCommit | None = None,
     temperature: float = 0.0,
     cfg_scale: float = 0.0,
     attention_mask: Tensor | None = None,
@@ -58,8 +60,8 @@ def decode(
     """Fill every [MASK]: `length` new positions and any mask inside the prompt.
 
     While some position is open: where may we write, what would we write, how many do
-    we keep, do we take any back. A row that is done is left out of the forward, and so
-    is a row whose schedule writes nothing at this step.
+    we keep, do we take any back, may we stop, and what may we reuse. A row that is done
+    is left out of the forward, and so is a row whose schedule writes nothing.
 
     Args:
         model: any module that maps input_ids to `.logits`, logits[:, i] about token i.
@@ -73,6 +75,7 @@ def decode(
         commit: Even, Scheduled, Threshold, Factor or EntropyBound.
         revise: Remask(…) or None.
         reuse: PrefixCache(), DualCache() or None, which computes everything anew.
+        stop: EarlyCommit(…) or None.
         temperature: of the token draw, >= 0; 0 takes the most probable.
         cfg_scale: classifier-free guidance w: u + (w + 1)(c - u), u with the prompt
             masked; 0 is none.
@@ -100,109 +103,129 @@ def decode(
     )
     check_vocabulary(model, canvas)
     where = one_of("where", where, "block_length", block_length, Blocks) or Everywhere()
-    commit = one_of("commit", commit, "steps", steps, Even)
-    commit = commit or Commit()  # one token a step
-    propose, phases = proposing.named(propose), where.phases(canvas)
-    check_budget(commit, revise, phases)
-    run = Run(canvas, Recorder(canvas) if trace else None)
+    commit = one_of("commit", commit, "steps", steps, Even) or Commit()
+    policies = Policies(
+        where, proposing.named(propose), commit, revise, stop, temperature, generator
+    )
+    check_budget(policies, canvas)
     forward = Forward(model, canvas, reuse, cfg_scale)
-    if streamer is not None:
-        check(len(canvas.ids) == 1, "streamer", "given", "a batch of one row")
-        begin = int(canvas.masked[0].nonzero()[0])  # the answer, infilling included
-        streamer.put(canvas.ids[:, :begin].cpu())
+    run = Run(canvas, Recorder(canvas) if trace else None)
+    stream = Stream(streamer, canvas)
 
     while (open_ := where(canvas)).any():
-        count = open_.sum(1)
-        back, held = take_back(revise, commit, where, canvas, phases, generator)
-        quota = commit.quota(count, canvas, phases, generator).masked_fill(held, 0)
-        quota = (quota + back.sum(1)).minimum(count)
-        canvas.phase_step += (count > 0) & ~held
-        canvas.held += held
+        quota, back = budget(policies, canvas, open_)
         rows = (quota > 0).nonzero()[:, 0]
         if len(rows) == 0:
             continue  # a step that writes nothing is not paid for
-        open_, back, columns = open_[rows], back[rows], open_[rows].nonzero()[:, 1]
-        logits = forward(rows, open_)
-        proposal = proposing.proposals(
-            propose,
-            logits,
-            columns,
-            canvas.mask_token_id,
-            temperature,
-            commit.needs_entropy,
-            generator,
-        ).spread(open_)
-        keep = commit(proposal, open_, quota[rows])
+        proposal, keep, back = step(
+            policies, forward, canvas, rows, open_[rows], quota[rows], back[rows]
+        )
         canvas.write(rows, keep, proposal.token, proposal.logprob)
         canvas.erase(rows, back)
-        run.count(rows, open_, proposal, keep, back, forward)
-        if streamer is not None and hasattr(streamer, "put_draft"):
-            streamer.put_draft(canvas.ids[:, begin:].cpu())
-
-    if streamer is not None:
-        streamer.put(canvas.ids[:, begin:].cpu())
-        streamer.end()
+        run.count(rows, open_[rows] | keep, proposal, keep, back, forward)
+        stream.draft()
+    stream.end()
     return run.output()
 
 
-class Forward:
-    """The network as the loop calls it: what may be reused, and guidance.
+@dataclass
+class Policies:
+    """The answers of one decoder to the loop's questions."""
 
-    Classifier-free guidance: u + (w + 1)(c - u), where u comes from the canvas with
-    every prompt token masked. Both are computed in one call on twice the rows, and
-    counted as two forwards.
+    where: Everywhere | Blocks
+    propose: proposing.Propose
+    commit: Commit
+    revise: Remask | None
+    stop: EarlyCommit | None
+    temperature: float
+    generator: torch.Generator | None
 
-    Source: LLaDA's generate; Nie et al. (arXiv 2410.18514). Introduced in notebook 06.
+
+def budget(
+    policies: Policies, canvas: Canvas, open_: Bool[Tensor, "B T"]
+) -> tuple[Int[Tensor, " B"], Bool[Tensor, "B T"]]:
+    """How many tokens each row writes at this step, and which it takes back.
+
+    As many are written in addition as are taken back. Moves the rows' clocks on.
     """
+    commit, phases, count = policies.commit, policies.where.phases(canvas), open_.sum(1)
+    back, held = take_back(policies, canvas, phases)
+    quota = commit.quota(count, canvas, phases, policies.generator)
+    quota = (quota.masked_fill(held, 0) + back.sum(1)).minimum(count)
+    canvas.phase_step += (count > 0) & ~held
+    canvas.held += held
+    canvas.steps_taken += count > 0
+    return quota, back
 
-    def __init__(self, model, canvas: Canvas, reuse: Reuse | None, cfg_scale: float):
-        self.model, self.canvas, self.cfg_scale = model, canvas, cfg_scale
-        self.memory = (reuse or Reuse()).begin(model)
-        self.valid = None if bool(canvas.valid.all()) else canvas.valid
-        self.each = 2 if cfg_scale else 1  # forwards a row takes part in
 
-    @property
-    def calls(self) -> int:
-        """Forwards of the last step."""
-        return self.memory.calls * self.each
+def step(
+    policies: Policies, forward: Forward, canvas: Canvas, rows, open_, quota, back
+):
+    """One forward of the active rows: what to write where, and what to take back.
 
-    def __call__(
-        self, rows: Int[Tensor, " b"], open_: Bool[Tensor, "b T"]
-    ) -> Float[Tensor, "N V"]:
-        """Logits of the open positions of the active rows."""
-        canvas, valid = self.canvas, self.valid
-        view = View(canvas.ids, valid, canvas.phase)
-        if not self.cfg_scale:
-            return self.memory(self.model, view, rows, open_)
-        given = canvas.fixed & canvas.valid
-        blind = canvas.ids.masked_fill(given, canvas.mask_token_id)
-        both = View(
-            torch.cat([canvas.ids, blind]),
-            None if valid is None else torch.cat([valid, valid]),
-            torch.cat([canvas.phase, canvas.phase]),
-        )
-        twice = torch.cat([rows, rows + len(canvas.ids)])
-        logits = self.memory(self.model, both, twice, torch.cat([open_, open_]))
-        told, untold = logits.chunk(2)
-        guided = untold + (self.cfg_scale + 1) * (told - untold)
-        return guided.masked_fill(guided.isnan(), -torch.inf)  # impossible stays so
+    A row whose answer is settled writes all its masks and takes nothing back.
+    """
+    stop, watched = policies.stop, open_
+    if stop is not None:
+        watched = open_ | stop.watches(canvas)[rows]
+    logits = forward(rows, watched)
+    if stop is not None:
+        total = policies.commit.steps or stop.steps
+        settled = stop(canvas, rows, watched, logits, total)[:, None]
+    proposal = proposing.proposals(
+        policies.propose,
+        logits,
+        watched.nonzero()[:, 1],
+        canvas.mask_token_id,
+        policies.temperature,
+        policies.commit.needs_entropy,
+        policies.generator,
+    ).spread(watched)
+    if stop is None:
+        return proposal, policies.commit(proposal, open_, quota), back
+    keep = policies.commit(proposal.within(open_), open_, quota)
+    keep = torch.where(settled, canvas.masked[rows], keep)
+    return proposal, keep, back & ~settled
 
 
 def take_back(
-    revise: Remask | None, commit: Commit, where, canvas: Canvas, phases: int, generator
+    policies: Policies, canvas: Canvas, phases: int
 ) -> tuple[Bool[Tensor, "B T"], Bool[Tensor, " B"]]:
     """Positions to mask again, and rows whose schedule stands still; none by default.
 
     Only tokens written in the row's current phase can be taken back.
     """
-    none = torch.zeros_like(canvas.fixed), torch.zeros_like(canvas.phase).bool()
+    revise = policies.revise
     if revise is None:
-        return none
-    budget = commit.steps_in_phase(canvas.phase, phases)
-    if budget is None:
-        budget = torch.full_like(canvas.phase, revise.steps)
-    written = where.region(canvas) & ~canvas.fixed & ~canvas.masked
-    return revise(canvas, written, budget, generator)
+        return torch.zeros_like(canvas.fixed), torch.zeros_like(canvas.phase).bool()
+    steps = policies.commit.steps_in_phase(canvas.phase, phases)
+    if steps is None:
+        steps = torch.full_like(canvas.phase, revise.steps)
+    region = policies.where.region(canvas)
+    written = region & ~canvas.fixed & ~canvas.masked
+    return revise(canvas, written, steps, policies.generator)
+
+
+class Stream:
+    """Shows a running decode through transformers' streamer protocol, if given one."""
+
+    def __init__(self, streamer, canvas: Canvas):
+        self.streamer, self.canvas = streamer, canvas
+        if streamer is not None:
+            check(len(canvas.ids) == 1, "streamer", "given", "a batch of one row")
+            self.begin = int(canvas.masked[0].nonzero()[0])  # infilling included
+            streamer.put(canvas.ids[:, : self.begin].cpu())
+
+    def draft(self) -> None:
+        """The answer so far."""
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(self.canvas.ids[:, self.begin :].cpu())
+
+    def end(self) -> None:
+        """The answer."""
+        if self.streamer is not None:
+            self.streamer.put(self.canvas.ids[:, self.begin :].cpu())
+            self.streamer.end()
 
 
 @dataclass
@@ -243,19 +266,17 @@ def one_of(name: str, policy, shorthand: str, value, build):
     return build(value)
 
 
-def check_budget(commit: Commit, revise: Remask | None, phases: int) -> None:
-    """Every block needs a step, and remasking needs to know when to stop."""
-    if commit.steps is not None:
-        check(
-            commit.steps >= phases, "steps", commit.steps, f">= {phases}, one a block"
-        )
-    elif revise is not None:
-        check(
-            revise.steps is not None,
-            "revise.steps",
-            revise.steps,
-            "an integer >= 1 with an adaptive commit",
-        )
+def check_budget(policies: Policies, canvas: Canvas) -> None:
+    """Every block needs a step; revising and stopping need to know their number."""
+    steps, phases = policies.commit.steps, policies.where.phases(canvas)
+    if steps is not None:
+        check(steps >= phases, "steps", steps, f">= {phases}, one a block")
+        return
+    for name in ("revise", "stop"):
+        policy = getattr(policies, name)
+        own = None if policy is None else policy.steps
+        expected = "an integer >= 1 with an adaptive commit"
+        check(policy is None or own is not None, f"{name}.steps", own, expected)
 
 
 def check_vocabulary(model, canvas: Canvas) -> None:

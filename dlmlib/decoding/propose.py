@@ -28,6 +28,16 @@ class Proposal:
     score: Tensor
     entropy: Tensor | None = None
 
+    def within(self, open_: Tensor) -> "Proposal":
+        """The same over [B, T], with everything but the open positions out of reach."""
+        entropy = self.entropy
+        return Proposal(
+            self.token,
+            self.logprob.masked_fill(~open_, -torch.inf),
+            self.score.masked_fill(~open_, -torch.inf),
+            None if entropy is None else entropy.masked_fill(~open_, torch.inf),
+        )
+
     def spread(self, open_: Tensor) -> "Proposal":
         """From N rows to [B, T]; closed positions score -inf."""
 

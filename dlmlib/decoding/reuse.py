@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dlmlib.decoding.canvas import Canvas
 from dlmlib.errors import check
 from dlmlib.model.call import accepts, logits_at, unwrapped
 from dlmlib.model.kv_cache import KVCache
@@ -184,3 +185,46 @@ def in_row_order(parts, owners, open_) -> Float[Tensor, "N V"]:
 def positions(valid: Bool[Tensor, "b T"]) -> Int[Tensor, "b T"]:
     """Rotary positions counted from each row's first real token."""
     return (valid.long().cumsum(1) - 1).clamp_min(0)
+
+
+class Forward:
+    """The network as the loop calls it: what may be reused, and guidance.
+
+    Classifier-free guidance: u + (w + 1)(c - u), where u comes from the canvas with
+    every prompt token masked. Both are computed in one call on twice the rows, and
+    counted as two forwards.
+
+    Source: LLaDA's generate; Nie et al. (arXiv 2410.18514). Introduced in notebook 06.
+    """
+
+    def __init__(self, model, canvas: Canvas, reuse: Reuse | None, cfg_scale: float):
+        self.model, self.canvas, self.cfg_scale = model, canvas, cfg_scale
+        self.memory = (reuse or Reuse()).begin(model)
+        self.valid = None if bool(canvas.valid.all()) else canvas.valid
+        self.each = 2 if cfg_scale else 1  # forwards a row takes part in
+
+    @property
+    def calls(self) -> int:
+        """Forwards of the last step."""
+        return self.memory.calls * self.each
+
+    def __call__(
+        self, rows: Int[Tensor, " b"], open_: Bool[Tensor, "b T"]
+    ) -> Float[Tensor, "N V"]:
+        """Logits of the open positions of the active rows."""
+        canvas, valid = self.canvas, self.valid
+        view = View(canvas.ids, valid, canvas.phase)
+        if not self.cfg_scale:
+            return self.memory(self.model, view, rows, open_)
+        given = canvas.fixed & canvas.valid
+        blind = canvas.ids.masked_fill(given, canvas.mask_token_id)
+        both = View(
+            torch.cat([canvas.ids, blind]),
+            None if valid is None else torch.cat([valid, valid]),
+            torch.cat([canvas.phase, canvas.phase]),
+        )
+        twice = torch.cat([rows, rows + len(canvas.ids)])
+        logits = self.memory(self.model, both, twice, torch.cat([open_, open_]))
+        told, untold = logits.chunk(2)
+        guided = untold + (self.cfg_scale + 1) * (told - untold)
+        return guided.masked_fill(guided.isnan(), -torch.inf)  # impossible stays so

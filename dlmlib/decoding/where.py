@@ -32,29 +32,33 @@ class Blocks:
     """Blocks of `length` from left to right; the next opens when one is full.
 
     Semi-autoregressive decoding: free order inside a block, fixed order between blocks.
-    Masks inside the prompt belong to the first block. Rows move on independently.
+    Masks left of the first block belong to it. Rows move on independently.
 
     Args:
         length: tokens per block; the last block may be shorter.
+        start: column where the first block begins; None for the end of the prompt. With
+            it, a canvas that already holds some tokens is filled block by block.
     Raises:
-        ValueError: if length < 1.
+        ValueError: if length < 1 or start < 0.
     Source: LLaDA (arXiv 2502.09992), section 2.4 and its generate. Introduced in
     notebook 03.
     """
 
-    def __init__(self, length: int):
+    def __init__(self, length: int, start: int | None = None):
         check(
             isinstance(length, int) and length >= 1,
             "block_length",
             length,
             "an integer >= 1",
         )
-        self.length = length
+        check(start is None or start >= 0, "start", start, "None or an integer >= 0")
+        self.length, self.start = length, start
 
     def block_of(self, canvas: Canvas) -> Int[Tensor, " T"]:
         """Block number of every column."""
         columns = torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
-        return (columns - canvas.prompt_length).clamp_min(0) // self.length
+        start = canvas.prompt_length if self.start is None else self.start
+        return (columns - start).clamp_min(0) // self.length
 
     def phases(self, canvas: Canvas) -> int:
         """Number of blocks."""

@@ -19,7 +19,9 @@ import pytest
 import torch
 
 from dlmlib.decoding import (
+    Blocks,
     DualCache,
+    EarlyCommit,
     Even,
     Factor,
     PrefixCache,
@@ -51,6 +53,15 @@ FASTDLLM = tuple(
     f"{program}/{rule}"
     for program in CACHES
     for rule in ("steps", "steps_uneven", "thr0.9", "thr0.5", "factor1", "factor2")
+)
+PROPHET = (
+    "no_exit_default_thr",
+    "thr_mid",
+    "thr_low",
+    "thr_late_only",
+    "constraints",
+    "single_block_gapscan",
+    "cfg",
 )
 DREAM = (
     "maskgit_plus_T0",
@@ -86,7 +97,7 @@ FASTDLLM_DREAM_LEFT_OUT = (
         for rule in ("thr0.9", "thr0.5", "entropy_steps")
     ),
 )
-HELPERS = ("gumbel", "sel")
+HELPERS = ("gumbel", "sel", "should_early_exit")
 ORDER = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
 
 
@@ -206,11 +217,33 @@ def test_fastdllm_dream_uncached(dream):
     assert out.forwards == call["n_forwards"]
 
 
+@pytest.mark.parametrize("name", PROPHET)
+def test_prophet(llada, name):
+    """Staged gaps on the answer's raw logits; constraints are tokens of the canvas."""
+    call = llada.calls[f"prophet_llada/{name}"]
+    golden, args = llada.of(f"prophet_llada/{name}"), call["args"]
+    gaps = args.get("early_exit_thresholds", {"early": 7.5, "mid": 5.0, "late": 2.5})
+    start, guided = args["answer_start_pos"], args.get("cfg_scale", 0.0)
+    canvas = golden["forward_inputs"][0, :1]  # guidance appends a blind copy
+    out = decode(
+        llada.model,
+        canvas,
+        where=Blocks(args["block_length"], start=golden["prompt"].shape[1]),
+        commit=Even(args["steps"]),
+        stop=EarlyCommit(slice(start, start + 5), tuple(gaps.values())),
+        cfg_scale=guided,
+        trace=True,
+    )
+    assert_same_path(out, golden["forward_inputs"][:, :1], golden["output"])
+    assert out.forwards == call["n_forwards"] * (2 if guided else 1)
+
+
 def test_every_call_is_compared_or_left_out(llada, dream):
     """Compared and left-out calls together are all the recorded ones."""
     programs = {
         "llada_generate": (llada, LLADA, LLADA_LEFT_OUT),
         "fastdllm_llada": (llada, FASTDLLM, ()),
+        "prophet_llada": (llada, PROPHET, ()),
         "dream_generate": (dream, DREAM, DREAM_LEFT_OUT),
         "fastdllm_dream": (dream, ("nocache_thr0.9",), FASTDLLM_DREAM_LEFT_OUT),
     }

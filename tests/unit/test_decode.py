@@ -37,8 +37,8 @@ from dlmlib.decoding import (
     decode,
 )
 from dlmlib.decoding.canvas import Canvas
-from dlmlib.decoding.decode import Forward
 from dlmlib.decoding.propose import NAMED
+from dlmlib.decoding.reuse import Forward
 from dlmlib.tasks.toy import Joint
 from dlmlib.text import word_tokenizer
 
