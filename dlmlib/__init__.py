@@ -5,7 +5,7 @@ model, tokenizer = dlm.load("grammar")
 out = dlm.decode(model, tokenizer("the cat")["input_ids"], length=18)
 """
 
-from dlmlib import tasks
+from dlmlib import presets, tasks
 from dlmlib.decoding import (
     Blocks,
     Confidence,
@@ -24,6 +24,7 @@ from dlmlib.decoding import (
     Remask,
     RightToLeft,
     Scheduled,
+    Speculate,
     Threshold,
     Trace,
     decode,
@@ -76,6 +77,7 @@ __all__ = [
     "Remask",
     "RightToLeft",
     "Scheduled",
+    "Speculate",
     "Threshold",
     "Timer",
     "Trace",
@@ -93,6 +95,7 @@ __all__ = [
     "memory_plan",
     "named_schedule",
     "posterior",
+    "presets",
     "scale",
     "setup",
     "tasks",

@@ -12,6 +12,7 @@ from dlmlib.decoding.propose import (
 )
 from dlmlib.decoding.reuse import DualCache, PrefixCache
 from dlmlib.decoding.revise import Remask
+from dlmlib.decoding.speculate import Speculate
 from dlmlib.decoding.stop import EarlyCommit
 from dlmlib.decoding.trace import Trace
 from dlmlib.decoding.where import Blocks, Everywhere
@@ -34,6 +35,7 @@ __all__ = [
     "Remask",
     "RightToLeft",
     "Scheduled",
+    "Speculate",
     "Threshold",
     "Trace",
     "decode",

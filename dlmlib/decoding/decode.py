@@ -74,7 +74,7 @@ def decode(
             left_to_right, right_to_left.
         commit: Even, Scheduled, Threshold, Factor or EntropyBound.
         revise: Remask(…) or None.
-        reuse: PrefixCache(), DualCache() or None, which computes everything anew.
+        reuse: PrefixCache(), DualCache(), Speculate(depth), or None for nothing.
         stop: EarlyCommit(…) or None.
         temperature: of the token draw, >= 0; 0 takes the most probable.
         cfg_scale: classifier-free guidance w: u + (w + 1)(c - u), u with the prompt
@@ -243,7 +243,7 @@ class Run:
     def count(self, rows: Int[Tensor, " b"], open_, proposal, keep, back, forward):
         """Add one step of the active rows."""
         self.forwards += forward.calls
-        self.row_forwards[rows] += forward.each
+        self.row_forwards[rows] += forward.paid(rows)
         self.row_tokens[rows] += keep.sum(1)
         if self.recorder is not None:
             self.recorder.add(rows, open_, proposal, keep, back)

@@ -34,7 +34,8 @@ class View:
 class Recompute:
     """Remembers nothing: every forward sees the whole canvas. Exact."""
 
-    calls = 1
+    calls = 1  # of the network in the last step
+    took = None  # rows that took part in them [b]; None for all
 
     def __call__(
         self, model, view: View, rows: Int[Tensor, " b"], open_: Bool[Tensor, "b T"]
@@ -101,6 +102,8 @@ class BlockCache:
     Rows whose open columns differ are kept in separate groups, each a forward of its
     own, so that a row's answer does not depend on its neighbours.
     """
+
+    took = None
 
     def __init__(self, whole_suffix: bool):
         self.whole_suffix = whole_suffix
@@ -207,6 +210,12 @@ class Forward:
     def calls(self) -> int:
         """Forwards of the last step."""
         return self.memory.calls * self.each
+
+    def paid(self, rows: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """Forwards that each of the active rows took part in at the last step."""
+        if self.memory.took is None:
+            return torch.full_like(rows, self.each)
+        return self.memory.took.view(self.each, -1).sum(0)
 
     def __call__(
         self, rows: Int[Tensor, " b"], open_: Bool[Tensor, "b T"]
