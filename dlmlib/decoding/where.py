@@ -57,12 +57,16 @@ class Blocks:
     def block_of(self, canvas: Canvas) -> Int[Tensor, " T"]:
         """Block number of every column."""
         columns = torch.arange(canvas.ids.shape[1], device=canvas.ids.device)
-        start = canvas.prompt_length if self.start is None else self.start
-        return (columns - start).clamp_min(0) // self.length
+        return (columns - self.origin(canvas)).clamp_min(0) // self.length
 
     def phases(self, canvas: Canvas) -> int:
-        """Number of blocks."""
-        return int(self.block_of(canvas)[-1]) + 1
+        """Number of blocks, from the shapes alone: no device has to be waited for."""
+        open_ended = canvas.ids.shape[1] - self.origin(canvas)
+        return max(1, -(-open_ended // self.length))
+
+    def origin(self, canvas: Canvas) -> int:
+        """Column where the first block begins."""
+        return canvas.prompt_length if self.start is None else self.start
 
     def region(self, canvas: Canvas) -> Bool[Tensor, "B T"]:
         """Positions of each row's current block."""
