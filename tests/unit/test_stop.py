@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_model
 from toys import Votes
 from transformers.utils import ModelOutput
 
@@ -85,6 +86,25 @@ def test_rows_close_on_their_own(gap, temperature, block, seed, masks):
         for row, prompt in enumerate(prompts):
             alone = dlm.decode(Votes(), [prompt], **options).sequences[0]
             assert torch.equal(out.sequences[row, -len(alone) :], alone)
+
+
+@pytest.mark.parametrize("reuse", [dlm.PrefixCache, dlm.DualCache, dlm.Speculate])
+@pytest.mark.parametrize("gap", [1e9, 1.0])
+def test_composes_with_what_is_reused(reuse, gap):
+    """The watched columns are computed anew; rows still ignore their neighbours."""
+    model = tiny_model(1, mask_token_id=MASK).double()
+    prompts = [[1, 2, 3], [4, MASK], [5]]
+    options = {"length": 8, "block_length": 4, "steps": 8}
+    stop = dlm.EarlyCommit(ANSWER, (gap, gap / 2, gap / 4))
+    out = dlm.decode(model, prompts, reuse=reuse(), stop=stop, **options)
+    assert not (out.sequences == MASK).any()
+    for row, prompt in enumerate(prompts):
+        alone = dlm.decode(model, [prompt], reuse=reuse(), stop=stop, **options)
+        width = alone.sequences.shape[1]
+        assert torch.equal(out.sequences[row, -width:], alone.sequences[0])
+    if reuse is dlm.Speculate:
+        plain = dlm.decode(model, prompts, stop=stop, **options)
+        assert torch.equal(out.sequences, plain.sequences)
 
 
 def test_a_gap_that_is_never_reached_changes_nothing():
