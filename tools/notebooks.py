@@ -44,7 +44,7 @@ PAGE = """\
 """
 ROW = (
     '<tr><td><a href="{link}">{title}</a></td><td>{promise}</td>'
-    "<td>{seconds} s</td><td>{status}</td></tr>"
+    "<td>{seconds}&nbsp;s</td><td>{status}</td></tr>"
 )
 
 
