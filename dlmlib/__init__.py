@@ -38,6 +38,7 @@ from dlmlib.device import (
 )
 from dlmlib.diffusion import (
     NELBO,
+    AutoregressiveNLL,
     exact_log_likelihood,
     log_likelihood,
     mask_tokens,
@@ -57,6 +58,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NELBO",
     "RECIPES",
+    "AutoregressiveNLL",
     "Blocks",
     "Confidence",
     "DLMConfig",

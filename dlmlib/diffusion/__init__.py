@@ -8,10 +8,11 @@ from dlmlib.diffusion.masking import (
     posterior,
     unmask_tokens,
 )
-from dlmlib.diffusion.objective import NELBO
+from dlmlib.diffusion.objective import NELBO, AutoregressiveNLL
 
 __all__ = [
     "NELBO",
+    "AutoregressiveNLL",
     "Schedule",
     "exact_log_likelihood",
     "log_likelihood",

@@ -1,8 +1,8 @@
-"""The training objective: a bound on -log p(x), and its estimators."""
+"""Training objectives: a bound on -log p(x), its estimators, and the AR baseline."""
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dlmlib.device import uniform
@@ -66,9 +66,7 @@ class NELBO:
             maskable tokens.
         """
         ids = batch["input_ids"]
-        maskable = batch.get("maskable", torch.ones_like(ids, dtype=torch.bool)).bool()
-        if "attention_mask" in batch:
-            maskable = maskable & batch["attention_mask"].bool()
+        maskable = maskable_of(batch)
         tokens = maskable.sum(1)
         draw = uniform(ids.shape, generator, ids.device)
         spread = self.spread(len(ids), generator, ids.device)
@@ -101,9 +99,53 @@ class NELBO:
             noised: what `corrupt` returned.
         """
         noisy, clean = noised["noisy_ids"], noised["input_ids"]
-        hidden = noisy != clean
-        logits = logits_at(model, noisy, hidden, noised.get("attention_mask"))  # [N, V]
-        nats = F.cross_entropy(logits.float(), clean[hidden], reduction="none")
-        rows = hidden.nonzero()[:, 0]
-        total = nats.new_zeros(len(clean)).index_add(0, rows, nats)
+        padding = noised.get("attention_mask")
+        total = row_nats(model, noisy, clean, noisy != clean, padding)
         return noised["weight"].to(total.dtype) * total
+
+
+class AutoregressiveNLL:
+    """Negative log-likelihood of a causal model, in nats per row: the AR baseline.
+
+    -log p(x) = sum_i -log p(x_i | x_<i), exactly, without any noise.
+
+    The first column is given: nothing stands left of it.
+
+    Introduced in notebook 07.
+    """
+
+    def corrupt(
+        self, batch: dict[str, Tensor], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Mark what is scored; nothing is drawn.
+
+        Args:
+            batch: as for `NELBO`; "maskable" says which tokens count.
+        Returns:
+            the batch with scored [B, T] and tokens [B], their number.
+        """
+        scored = maskable_of(batch).clone()
+        scored[:, 0] = False
+        return {**batch, "scored": scored, "tokens": scored.sum(1)}
+
+    def __call__(self, model, noised: dict[str, Tensor]) -> Float[Tensor, " B"]:
+        """Cross-entropy summed over the scored tokens of each row, in nats."""
+        clean, scored = noised["input_ids"], noised["scored"]
+        return row_nats(model, clean, clean, scored, noised.get("attention_mask"))
+
+
+def maskable_of(batch: dict[str, Tensor]) -> Bool[Tensor, "B T"]:
+    """The tokens that count: not given, and not padding."""
+    ids = batch["input_ids"]
+    maskable = batch.get("maskable", torch.ones_like(ids, dtype=torch.bool)).bool()
+    if "attention_mask" in batch:
+        maskable = maskable & batch["attention_mask"].bool()
+    return maskable
+
+
+def row_nats(model, seen, clean, scored, attention_mask) -> Float[Tensor, " B"]:
+    """Cross-entropy against `clean` at the `scored` positions, summed over each row."""
+    logits = logits_at(model, seen, scored, attention_mask)  # [N, V]
+    nats = F.cross_entropy(logits.float(), clean[scored], reduction="none")
+    rows = scored.nonzero()[:, 0]
+    return nats.new_zeros(len(clean)).index_add(0, rows, nats)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dlmlib.device import pick_device
-from dlmlib.diffusion.objective import NELBO
+from dlmlib.diffusion.objective import NELBO, AutoregressiveNLL
 from dlmlib.errors import check
 from dlmlib.model import DiffusionLM, DLMConfig
 from dlmlib.model.upstream import load_pretrained
@@ -31,7 +31,8 @@ class Recipe:
     task: "module:Class"; it has `tokenizer`, `length` and `sample(n, generator)`.
     task_arguments: of that class.
     model: fields of `DLMConfig`; vocabulary, special tokens and length are the task's.
-    objective: arguments of `NELBO`, without the mask token.
+    objective: arguments of `NELBO`, without the mask token; None for the
+        `AutoregressiveNLL` of a causal model.
     batch_size: rows of fresh samples in a step.
     training: arguments of `fit`.
     seed: of the initial weights, the samples and the noise.
@@ -44,7 +45,7 @@ class Recipe:
     task: str
     task_arguments: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
-    objective: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] | None = field(default_factory=dict)
     batch_size: int = 64
     training: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -139,6 +140,13 @@ def build(recipe: Recipe) -> tuple[Any, DiffusionLM]:
         return task, DiffusionLM(config)
 
 
+def objective_of(recipe: Recipe, task: Any) -> NELBO | AutoregressiveNLL:
+    """What a recipe trains on."""
+    if recipe.objective is None:
+        return AutoregressiveNLL()
+    return NELBO(task.tokenizer.mask_token_id, **recipe.objective)
+
+
 def make(
     recipe: Recipe, model: DiffusionLM, task: Any, folder: Path, progress: bool = True
 ) -> FitResult:
@@ -151,7 +159,7 @@ def make(
     result = fit(
         model,
         fresh_batches(task, recipe.batch_size),
-        NELBO(task.tokenizer.mask_token_id, **recipe.objective),
+        objective_of(recipe, task),
         seed=recipe.seed,
         checkpoint=unfinished,
         progress=progress,
