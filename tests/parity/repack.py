@@ -2,7 +2,7 @@
 
     python tests/parity/repack.py FOLDER
 
-FOLDER holds `llada_a` and `dream_a`, each with config.json, model.safetensors,
+FOLDER holds a folder for each of the names below, with config.json, model.safetensors,
 calls.json and golden.npz: tiny random checkpoints and what the official programs
 answered. Kept are the programs below; token ids become int16, and first-forward
 logits that repeat an earlier call's bit for bit are dropped.
@@ -24,8 +24,16 @@ PROGRAMS = {
         "llada_generate",
         "fastdllm_llada",
         "prophet_llada",
+        "d1_llada",
+        "nap",
     ),
-    "dream_a": ("dream_logits", "dream_generate", "fastdllm_dream"),
+    "dream_a": (
+        "dream_logits",
+        "dream_generate",
+        "fastdllm_dream",
+        "coupled_grpo_dream",
+    ),
+    "lladou_llada_a": ("lladou",),
 }
 LOGITS = ("forward_logits_0", "shifted_logits_0")
 

@@ -1,0 +1,1 @@
+"""Reinforcement learning: log-probability estimators and the losses built on them."""
