@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from dlmlib.rl.logprob import Coupled, MeanField, Views, complementary
+from dlmlib.rl.estimators import Coupled, MeanField, complementary
+from dlmlib.rl.logprob import Views
 
 KEEP = 12  # completion tokens in every call
 ONE_FORWARD = ("p0.15", "p0.15_3iters", "p0.0", "p0.5")

@@ -6,7 +6,7 @@ from tiny import random_ids, tiny_model
 from toys import gen
 
 from dlmlib.diffusion import exact_log_likelihood
-from dlmlib.rl.logprob import (
+from dlmlib.rl.estimators import (
     ELBO,
     EUBO,
     Coupled,
@@ -14,9 +14,9 @@ from dlmlib.rl.logprob import (
     MeanField,
     OneState,
     Trajectory,
-    Views,
     dense_steps,
 )
+from dlmlib.rl.logprob import Views
 
 MASK, LENGTH, ROWS = 12, 4, 4000
 ESTIMATORS = [
