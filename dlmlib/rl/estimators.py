@@ -193,7 +193,7 @@ class Trajectory(Estimator):
         self.segments = segments
 
     def plan(self, completion_ids, generator, commit_step):
-        step, steps = dense_steps(commit_step)
+        step, steps = dense_steps(known(commit_step))
         if self.segments is None:
             return *by_step(step, int(steps.max())), 1
         segment = step * self.segments // steps[:, None]
@@ -226,6 +226,7 @@ class OneState(Estimator):
 
     def plan(self, completion_ids, generator, commit_step):
         length, device = completion_ids.shape[1], completion_ids.device
+        commit_step = known(commit_step)
         size = self.block_length or length
         block = torch.arange(length, device=device) // size
         hidden, weight = [], []
@@ -253,10 +254,15 @@ def by_step(step: Int[Tensor, "B L"], steps: int):
     return step[:, None] >= number, ones(step[:, None] == number)
 
 
-def dense_steps(commit_step) -> tuple[Int[Tensor, "B L"], Int[Tensor, " B"]]:
-    """Steps that wrote something, counted from 0 in each row, and their number."""
+def known(commit_step) -> Int[Tensor, "B L"]:
+    """The steps of a rollout; ValueError if they are not given for every token."""
     check(commit_step is not None, "commit_step", None, "the steps of the rollout")
     check(bool((commit_step >= 0).all()), "commit_step", commit_step, "a step a token")
+    return commit_step
+
+
+def dense_steps(commit_step) -> tuple[Int[Tensor, "B L"], Int[Tensor, " B"]]:
+    """Steps that wrote something, counted from 0 in each row, and their number."""
     other = commit_step[:, None, :] - commit_step[:, :, None]  # [B, i, j]
     first = ~(other == 0).tril(-1).any(2)  # one token stands for its step
     dense = ((other < 0) & first[:, None, :]).sum(2)

@@ -8,7 +8,6 @@ from torch import Tensor
 from dlmlib.errors import check
 
 Batch = dict[str, Tensor]
-COLUMNS = ("input_ids", "maskable", "attention_mask")
 
 
 def fresh_batches(task, batch_size: int) -> Callable[[torch.Generator], Batch]:
@@ -33,8 +32,9 @@ def batches_from(dataset, batch_size: int) -> "Epochs":
     """Shuffled epochs over a `datasets.Dataset`; every row once an epoch.
 
     Args:
-        dataset: columns input_ids and optionally maskable and attention_mask, lists of
-            one length.
+        dataset: column input_ids, lists of one length, and optionally maskable,
+            attention_mask and whatever numbers an objective reads; columns of text are
+            left out.
         batch_size: rows B of a global batch.
     Returns:
         batches(generator) -> dict of [B, T], for `fit`.
@@ -50,8 +50,15 @@ def batches_from(dataset, batch_size: int) -> "Epochs":
     check("input_ids" in names, "dataset columns", names, "'input_ids' among them")
     lengths = sorted({len(row) for row in dataset["input_ids"]})
     check(len(lengths) == 1, "lengths of input_ids", lengths, "one; pad the rows")
-    columns = [name for name in COLUMNS if name in names]
+    columns = [name for name in names if is_number(dataset.features[name])]
     return Epochs(dataset.with_format("torch", columns=columns), batch_size)
+
+
+def is_number(feature) -> bool:
+    """Whether a column holds numbers, or lists of them."""
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    return getattr(feature, "dtype", "").startswith(("int", "uint", "float", "bool"))
 
 
 class Epochs:

@@ -1,0 +1,127 @@
+"""Preference optimisation (DPO) over any estimator of the log-probability.
+
+pairs = datasets.Dataset with prompt_ids, chosen_ids, rejected_ids
+scored = with_reference(pairs, reference, estimator, seed=0)
+fit(policy, batches_from(scored, 32), DPO(estimator, beta=0.1), steps=…)
+"""
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor
+
+from dlmlib.device import generator
+from dlmlib.errors import check
+from dlmlib.model.call import mask_token_of
+from dlmlib.rl.logprob import Estimator, Views
+
+SIDES = ("chosen", "rejected")
+
+
+@torch.no_grad()
+def with_reference(
+    pairs: Dataset,
+    reference,
+    estimator: Estimator,
+    *,
+    draws: int = 1,
+    seed: int = 0,
+    shared: bool = True,
+    batch_size: int = 64,
+) -> Dataset:
+    """Draw the estimator's copies of every pair and store the reference's value.
+
+    The reference runs once; training only reads. Several draws give a pair as many
+    rows, each with copies of its own.
+
+    Args:
+        pairs: columns prompt_ids, chosen_ids and rejected_ids, of equal lengths within
+            a column; chosen_steps and rejected_steps for estimators that follow a
+            trajectory.
+        reference: the model that the policy is compared with.
+        estimator: of log-probabilities.
+        draws: rows a pair.
+        seed: of the copies.
+        shared: evaluate the reference on the very copies that the policy will see.
+            False draws others for it, the costlier estimate that VRPO improves on.
+        batch_size: pairs of a forward.
+    Returns:
+        A dataset that `batches_from` reads: for both sides target, canvas, weight and
+        reference, the reference's log-probability in nats.
+    Raises:
+        ValueError: for a missing column, or fewer than one draw.
+    Source: VRPO (arXiv 2505.19223), section 3. Introduced in notebook 19.
+    """
+    check(draws >= 1, "draws", draws, "an integer >= 1")
+    wanted = ["prompt_ids", *(f"{side}_ids" for side in SIDES)]
+    missing = [name for name in wanted if name not in pairs.column_names]
+    check(not missing, "columns", pairs.column_names, f"{wanted} among them")
+    source, mask = generator(seed), mask_token_of(reference)
+    device = next(reference.parameters()).device
+    table = pairs.with_format("torch")
+    rows: dict[str, list[Tensor]] = {}
+    for start in [s for _ in range(draws) for s in range(0, len(pairs), batch_size)]:
+        batch = table[start : start + batch_size]
+        for side in SIDES:
+            given = batch["prompt_ids"], batch[f"{side}_ids"]
+            steps = batch.get(f"{side}_steps")
+            views = estimator.draw(*given, mask, source, steps)
+            asked = views if shared else estimator.draw(*given, mask, source, steps)
+            found = estimator.evaluate(reference, moved(asked, device)).total.cpu()
+            parts = views.target, views.canvas, views.weight, found
+            for name, part in zip(PARTS, parts, strict=True):
+                rows.setdefault(f"{side}_{name}", []).append(part)
+    columns = {name: torch.cat(parts).tolist() for name, parts in rows.items()}
+    return Dataset.from_dict({"input_ids": columns["chosen_target"], **columns})
+
+
+PARTS = ("target", "canvas", "weight", "reference")
+
+
+def moved(views: Views, device) -> Views:
+    """The copies on another device."""
+    return Views(*(t.to(device) for t in (views.target, views.canvas, views.weight)))
+
+
+class DPO:
+    """Direct preference optimisation: raise the chosen against the rejected answer.
+
+    loss = -log sigmoid( beta [ (log p - log p_ref)(chosen)
+                                - (log p - log p_ref)(rejected) ] )
+
+    with both log-probabilities from one estimator. `ELBO(8)` on shared copies is VRPO,
+    `OneState` is dTRPO.
+
+    Args:
+        estimator: that `with_reference` was called with.
+        beta: strength of the pull towards the reference, > 0.
+    Raises:
+        ValueError: unless beta > 0.
+    Source: DPO (arXiv 2305.18290), eq. 7; VRPO (arXiv 2505.19223); dTRPO
+    (arXiv 2603.18806). Introduced in notebook 19.
+    """
+
+    def __init__(self, estimator: Estimator, beta: float = 0.1):
+        check(beta > 0, "beta", beta, "> 0")
+        self.estimator, self.beta = estimator, beta
+
+    def corrupt(self, batch: dict[str, Tensor], generator=None) -> dict[str, Tensor]:
+        """The copies were drawn beforehand; every pair counts once."""
+        return {
+            **batch,
+            "tokens": torch.ones(len(batch["input_ids"]), dtype=torch.long),
+        }
+
+    def __call__(self, model, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
+        """Loss of each pair."""
+        return -F.logsigmoid(self.beta * self.margin(model, batch))
+
+    def margin(self, model, batch: dict[str, Tensor]) -> Float[Tensor, " B"]:
+        """Log-ratio of the chosen answer minus that of the rejected one, in nats."""
+        gain = []
+        for side in SIDES:
+            views = Views(*(batch[f"{side}_{name}"] for name in PARTS[:3]))
+            found = self.estimator.evaluate(model, views).total
+            gain.append(found - batch[f"{side}_reference"])
+        return gain[0] - gain[1]
