@@ -2,6 +2,10 @@
 
 All modes share one process, one set of random weights and one prompt. They take turns
 (A B C A B C …), so that a machine that slows down slows all of them. One JSON a run.
+
+With --sweep NAME=V1,V2,… all modes run at each of the values, one JSON in all. A longer
+answer gets more steps: the tokens per step stay the same. With --step only a cached
+block step is timed, against reading the weights once.
 """
 
 import argparse
@@ -11,20 +15,19 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.autograd.profiler import profile
 from transformers import AutoModel
 
 from dlmlib.decoding import DualCache, PrefixCache, Threshold, decode
-from dlmlib.device import Timer, generator, peak_memory, pick_device, reset_peak_memory
+from dlmlib.device import Timer, extra_memory, generator, pick_device
 from dlmlib.errors import check
 from dlmlib.model import DiffusionLM, DLMConfig
+from dlmlib.roofline import measure_step
 
 # A mode is one of these, or several joined by "+", such as dual+threshold.
 PARTS = {
@@ -35,6 +38,7 @@ PARTS = {
     "threshold": {"commit": Threshold},
 }
 EXACT = ("lossless", "full")  # these must give the same tokens
+SWEPT = ("answer", "batch", "prompt", "block")
 SIZES = dict(width=512, layers=8, heads=8, inner=1536, vocab=126464, prompt=128)
 SIZES |= dict(answer=128, block=32, steps=32, batch=1, repeats=3)
 TINY = dict(width=32, layers=2, heads=2, inner=48, vocab=61, prompt=8)
@@ -49,7 +53,7 @@ class Mode:
     run: Callable[[], Int[Tensor, "B T"]]
     tokens: list[Tensor] = field(default_factory=list)  # of every run
     seconds: list[float] = field(default_factory=list)  # of every timed run
-    forwards: int = 0  # calls of the network in one run
+    forwards: int = 0  # calls of the network in one run; 0 where nobody counted
     peak_extra_bytes: int = 0
 
 
@@ -88,7 +92,11 @@ def own_mode(name: str, model: DiffusionLM, prompt: Tensor, options) -> Mode:
 
 
 def peer_mode(source: str, model: DiffusionLM, prompt: Tensor, options) -> Mode:
-    """FILE:FUNCTION, called as LLaDA's `generate`; ValueError if there is none."""
+    """FILE:FUNCTION, called as LLaDA's `generate`; ValueError if there is none.
+
+    It may return its number of forwards after the tokens, as Fast-dLLM's programs do.
+    Those of our network are counted anyway.
+    """
     path, _, function = source.rpartition(":")
     file = Path(path)
     check(file.is_file(), "peer", source, "FILE:FUNCTION, where the file exists")
@@ -103,28 +111,12 @@ def peer_mode(source: str, model: DiffusionLM, prompt: Tensor, options) -> Mode:
     @torch.no_grad()
     def run() -> Tensor:
         out = generate(model, prompt, **fixed)
-        return out[0] if isinstance(out, tuple) else out
+        if isinstance(out, tuple):
+            out, mode.forwards = out
+        return out
 
-    return Mode(f"{file.stem}:{function}", run)
-
-
-def extra_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that a run holds in tensors beyond those held before it.
-
-    On the CPU, whose resident memory says little about reused memory, torch's own
-    record of allocations is added up.
-    """
-    if device.type != "cpu":
-        reset_peak_memory(device)
-        before = peak_memory(device)
-        run()
-        return peak_memory(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks otherwise
-    with profile(profile_memory=True) as record:
-        run()
-    events = (e for e in record.kineto_results.events() if e.name() == "[memory]")
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events)
-    return max(accumulate(change for _, change in changes))
+    mode = Mode(f"{file.stem}:{function}", run)
+    return mode
 
 
 def rehearse(mode: Mode, model, device: torch.device) -> None:
@@ -132,7 +124,7 @@ def rehearse(mode: Mode, model, device: torch.device) -> None:
     calls = []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
     mode.peak_extra_bytes = extra_memory(mode.run, device)
-    mode.forwards = len(calls)
+    mode.forwards = len(calls) or mode.forwards
     hook.remove()
 
 
@@ -160,11 +152,52 @@ def summary(mode: Mode, modes: list[Mode], answer: int) -> dict:
         "median": median(mode.seconds),
         "spread": max(mode.seconds) - min(mode.seconds),
         "ratio": median(mode.seconds) / median(modes[0].seconds),
-        "forwards": mode.forwards,
-        "tokens_per_forward": answer / mode.forwards,
+        "forwards": mode.forwards or None,
+        "tokens_per_forward": answer / mode.forwards if mode.forwards else None,
         "peak_extra_bytes": mode.peak_extra_bytes,
         "same_tokens_as": [m.name for m in others if same_tokens(m, mode)],
     }
+
+
+def compare(options, model: DiffusionLM) -> dict:
+    """Run all modes at one set of sizes.
+
+    Returns:
+        modes: their summaries. exact_modes_agree: whether those of `EXACT` gave the
+        same tokens, None unless several of them ran.
+    """
+    device, vocab = model.device, model.config.vocab_size
+    shape = options.batch, options.prompt  # the draw leaves out the last id, [MASK]
+    prompt = torch.randint(vocab - 1, shape, generator=generator(0)).to(device)
+    modes = [own_mode(m, model, prompt, options) for m in options.modes.split(",")]
+    modes += [peer_mode(source, model, prompt, options) for source in options.peer]
+    for mode in modes:
+        rehearse(mode, model, device)
+    interleave(modes, options.repeats, device)
+    exact = [mode for mode in modes if mode.name in EXACT]
+    agree = all(same_tokens(mode, exact[0]) for mode in exact)
+    return {
+        "modes": [summary(mode, modes, options.answer) for mode in modes],
+        "exact_modes_agree": agree if len(exact) > 1 else None,
+    }
+
+
+def swept(options, text: str) -> list[argparse.Namespace]:
+    """The options at every value of NAME=V1,V2,…
+
+    Raises:
+        ValueError: unless NAME is one of `SWEPT` and the values are integers >= 1.
+    """
+    name, _, values = text.partition("=")
+    whole = all(value.isdigit() and int(value) for value in values.split(","))
+    check(name in SWEPT and whole, "sweep", text, f"NAME=V1,V2,… with NAME in {SWEPT}")
+    runs = []
+    for value in map(int, values.split(",")):
+        changed = {name: value}
+        if name == "answer":  # the same number of tokens a step
+            changed["steps"] = max(1, options.steps * value // options.answer)
+        runs.append(argparse.Namespace(**{**vars(options), **changed}))
+    return runs
 
 
 def measure(options) -> dict:
@@ -174,23 +207,23 @@ def measure(options) -> dict:
     sizes = {name: getattr(options, name) for name in SIZES}
     for name, value in sizes.items():
         check(value >= 1, name, value, ">= 1")
+    runs = [run for text in options.sweep for run in swept(options, text)]
     model = random_model(options, device, dtype)
-    shape = options.batch, options.prompt  # the draw leaves out the last id, [MASK]
-    prompt = torch.randint(options.vocab - 1, shape, generator=generator(0)).to(device)
-    modes = [own_mode(m, model, prompt, options) for m in options.modes.split(",")]
-    modes += [peer_mode(source, model, prompt, options) for source in options.peer]
-    for mode in modes:
-        rehearse(mode, model, device)
-    interleave(modes, options.repeats, device)
-    exact = [mode for mode in modes if mode.name in EXACT]
     machine = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    return {
-        "machine": machine,
-        "arguments": sizes,
-        "modes": [summary(mode, modes, options.answer) for mode in modes],
-        "exact_modes_agree": all(same_tokens(mode, exact[0]) for mode in exact),
-    }
+    result = {"machine": machine, "arguments": sizes}
+    if options.step:
+        start, columns = options.prompt, options.prompt + options.answer
+        ids = torch.zeros(options.batch, columns, dtype=torch.long, device=device)
+        stop = start + options.block
+        return result | {"step": measure_step(model, ids, start, stop, options.repeats)}
+    if not runs:
+        return result | compare(options, model)
+    points = [
+        {name: getattr(run, name) for name in (*SWEPT, "steps")} | compare(run, model)
+        for run in runs
+    ]
+    return result | {"points": points}
 
 
 def write(path: Path, result: dict) -> None:
@@ -204,15 +237,16 @@ def write(path: Path, result: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def table(result: dict) -> str:
+def table(modes: list[dict]) -> str:
     """The modes as a small table."""
     heads = "median s", "spread", "x first", "forwards", "tokens/call", "peak MB"
     lines = [f"{'mode':24}" + "".join(f"{head:>12}" for head in heads)]
     keys = "median", "spread", "ratio", "forwards", "tokens_per_forward"
-    for row in result["modes"]:
+    for row in modes:
         values = *(row[key] for key in keys), row["peak_extra_bytes"] / 1e6
-        numbers = "".join(f"{value:12.4g}" for value in values)
+        shown = ("?" if value is None else f"{value:.4g}" for value in values)
         same = " = " + ", ".join(row["same_tokens_as"]) if row["same_tokens_as"] else ""
+        numbers = "".join(f"{value:>12}" for value in shown)
         lines.append(f"{row['name']:24}{numbers}{same}")
     return "\n".join(lines)
 
@@ -227,6 +261,10 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", default="lossless,prefix,dual,threshold")
     peer = "FILE:FUNCTION called as LLaDA's generate on the same weights; repeatable"
     parser.add_argument("--peer", action="append", default=[], help=peer)
+    sweep = f"NAME=V1,V2,… with NAME in {', '.join(SWEPT)}; repeatable"
+    parser.add_argument("--sweep", action="append", default=[], help=sweep)
+    step = "time a cached block step against reading the weights"
+    parser.add_argument("--step", action="store_true", help=step)
     parser.add_argument("--out", help="default: data/results/bench_<device>.json")
     parser.add_argument("--tiny", action="store_true", help="sizes for a trial run")
     options = parser.parse_args(arguments)
@@ -237,13 +275,19 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print a table and write the JSON; 1 if exact modes differ."""
+    """Measure, print tables and write the JSON; 1 if exact modes differ."""
     options = parsed(arguments)
     result = measure(options)
     device = result["machine"]["device"]
     write(Path(options.out or f"data/results/bench_{device}.json"), result)
-    print(table(result))
-    return 0 if result["exact_modes_agree"] else 1
+    if options.step:
+        print(json.dumps(result["step"], indent=1))
+        return 0
+    points = result.get("points", [result])
+    for point in points:
+        sizes = [f"{name} {point[name]}" for name in SWEPT if name in point]
+        print(*([" · ".join(sizes)] if sizes else []), table(point["modes"]), sep="\n")
+    return int(any(point["exact_modes_agree"] is False for point in points))
 
 
 if __name__ == "__main__":

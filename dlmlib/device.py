@@ -9,14 +9,17 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import psutil
 import torch
+from torch.autograd.profiler import profile
 
 from dlmlib.errors import check
 
@@ -235,6 +238,34 @@ class Timer:
         self.seconds = time.perf_counter() - self._start
 
 
+def graphed(run: Callable[[], Value], device: str | torch.device) -> Callable:
+    """`run` recorded once and replayed as a whole, without Python, on CUDA.
+
+    Its shapes and tensors must stay the same; what it returns is overwritten by every
+    replay. On other devices, which have no such graphs, it is `run` itself.
+
+    Introduced in notebook 08.
+    """
+    if torch.device(device).type != "cuda":
+        return run
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()  # warm up apart from the stream that is recorded
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
+
+
 # ---- memory in use
 
 _rss_at_reset = 0  # the CPU keeps no allocator statistics, so we remember this
@@ -289,9 +320,38 @@ def peak_memory(device: str | torch.device) -> int:
     return max(0, _resident("VmHWM") - _rss_at_reset)
 
 
+def extra_memory(run: Callable[[], object], device: str | torch.device) -> int:
+    """The most bytes that `run()` holds in tensors beyond those held before it.
+
+    On the CPU, whose resident memory says little about reused memory, torch's own
+    record of allocations is added up; on CUDA the allocator keeps the peak. MPS keeps
+    none, so there it is what the run leaves behind.
+
+    Introduced in notebook 08.
+    """
+    if torch.device(device).type != "cpu":
+        reset_peak_memory(device)
+        before = peak_memory(device)
+        run()
+        return peak_memory(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks otherwise
+    with profile(profile_memory=True) as record:
+        run()
+    events = (e for e in record.kineto_results.events() if e.name() == "[memory]")
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events)
+    return max(accumulate((change for _, change in changes), initial=0))
+
+
 def host_memory() -> int:
     """Bytes of main memory that are free to use now."""
     return psutil.virtual_memory().available
+
+
+def free_memory(device: str | torch.device) -> int:
+    """Bytes that are free now where tensors on `device` live."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return host_memory()
 
 
 def release_memory() -> None:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dlmlib.device import host_memory, release_memory
+from dlmlib.device import free_memory, host_memory, release_memory
 from dlmlib.errors import check
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,49 @@ def memory_plan(
     fits = {name: _fits(sum(parts.values()), size) for name, size in sizes.items()}
     advice = _advice(parts, batch, length, dtype.itemsize)
     return MemoryPlan(**parts, fits=fits, advice=advice)
+
+
+def check_room(
+    name: str,
+    config: Any,
+    device: str | torch.device,
+    bits: int,
+    free: int | None = None,
+) -> None:
+    """Refuse to load weights that are larger than what is free, and say what would do.
+
+    Args:
+        name: what is to be loaded, for the message.
+        config: its config; N from `count_parameters`.
+        device: where it is to be.
+        bits: of a weight: 32, 16, 8 or 4.
+        free: bytes there; None to ask the device.
+    Raises:
+        MemoryError: N · bits / 8 is more than that.
+
+    Introduced in notebook 06.
+    """
+    count = count_parameters(config)
+    free = free_memory(device) if free is None else free
+    if count * bits / 8 <= free:
+        return
+    ways = {
+        16: "dtype=torch.bfloat16",
+        8: "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+        4: "quantization_config=BitsAndBytesConfig(load_in_4bit=True)",
+    }
+    lines = [
+        f"  {way}: {_text(count * b / 8)}" + " (fits)" * (count * b / 8 <= free)
+        for b, way in ways.items()
+        if b < bits
+    ]
+    raise MemoryError(
+        f"{name}: {_text(count * bits / 8)} of weights, {bits} bits each, do not fit "
+        f"in the {_text(free)} free on {device}. What would do:\n"
+        + "\n".join(lines)
+        + '\n  device_map="auto": spread over the GPUs, main memory and, with '
+        "offload_folder=…, the disk"
+    )
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -6,6 +6,7 @@ named flags. Give `length` (and a generator, where something is drawn) yourself.
 
 from dlmlib.decoding import (
     Blocks,
+    Confidence,
     DualCache,
     EarlyCommit,
     Even,
@@ -26,16 +27,35 @@ DREAM_ORDERS = {
 CACHES = {"none": None, "prefix": PrefixCache, "dual": DualCache}
 
 
-def llada(steps: int = 128, block_length: int = 32, **options) -> dict:
+def llada(
+    steps: int = 128,
+    block_length: int = 32,
+    logits_eos_inf: bool = False,
+    confidence_eos_eot_inf: bool = False,
+    eos_token_id: int = 126081,
+    eot_token_id: int = 126348,
+    **options,
+) -> dict:
     """LLaDA's generate: blocks, an even schedule, the surest token first.
 
     Args:
         steps: step budget, shared by the blocks.
         block_length: equal to the answer's length for pure diffusion.
+        logits_eos_inf: never write the end-of-text token.
+        confidence_eos_eot_inf: write the ends of text and turn only where nothing else
+            is left to write. (Upstream's program, when it samples, forgets the first.)
+        eos_token_id: <|endoftext|>, which also fills the rest of an answer.
+        eot_token_id: <|eot_id|>, which ends a turn.
         options: further arguments of `decode`, such as temperature or cfg_scale.
-    Source: LLaDA (arXiv 2502.09992), algorithm 5. Introduced in notebook 06.
+    Source: LLaDA (arXiv 2502.09992), algorithm 5 and appendix B.4. Introduced in
+    notebook 06.
     """
-    return {"where": Blocks(block_length), "commit": Even(steps), **options}
+    own = {"where": Blocks(block_length), "commit": Even(steps)}
+    if logits_eos_inf:
+        own["suppress_tokens"] = [eos_token_id]
+    if confidence_eos_eot_inf:
+        own["propose"] = Confidence(last=[eos_token_id, eot_token_id])
+    return {**own, **options}
 
 
 def dream(

@@ -19,17 +19,11 @@ class Commit:
     steps: int | None = None
     needs_entropy = False
 
-    def steps_in_phase(self, phase: Int[Tensor, " B"], phases: int) -> Tensor | None:
-        """Steps that each row's phase may take; the first phases get the remainder.
+    def quota(self, count: Int[Tensor, " B"], canvas: Canvas, steps, generator):
+        """Tokens to keep in each row, given `count` open positions.
 
-        None for adaptive rules, which have no budget.
+        `steps` [B] is what each row's phase may take in all, None for adaptive rules.
         """
-        if self.steps is None:
-            return None
-        return self.steps // phases + (phase < self.steps % phases).long()
-
-    def quota(self, count: Int[Tensor, " B"], canvas: Canvas, phases: int, generator):
-        """Tokens to keep in each row, given `count` open positions."""
         return torch.ones_like(count)
 
     def passing(self, proposal: Proposal, open_: Tensor) -> Bool[Tensor, "B T"] | None:
@@ -76,8 +70,8 @@ class Even(Commit):
         check(isinstance(steps, int) and steps >= 1, "steps", steps, "an integer >= 1")
         self.steps = steps
 
-    def quota(self, count, canvas, phases, generator):
-        left = self.steps_in_phase(canvas.phase, phases) - canvas.phase_step
+    def quota(self, count, canvas, steps, generator):
+        left = steps - canvas.phase_step
         return -(-count // left.clamp_min(1))
 
 
@@ -102,8 +96,8 @@ class Scheduled(Even):
         check(0 < eps < 1, "eps", eps, "within (0, 1)")
         self.eps, self.stochastic = eps, stochastic
 
-    def quota(self, count, canvas, phases, generator):
-        total = self.steps_in_phase(canvas.phase, phases).double()
+    def quota(self, count, canvas, steps, generator):
+        total = steps.double()
         step = canvas.phase_step.double()
         t = 1 - (1 - self.eps) * step / total
         s = 1 - (1 - self.eps) * (step + 1) / total

@@ -1,6 +1,7 @@
 """The decoding loop. Every published decoder is this loop with other policies."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -51,6 +52,7 @@ def decode(
     stop: EarlyCommit | None = None,
     temperature: float = 0.0,
     cfg_scale: float = 0.0,
+    suppress_tokens: Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
     mask_token_id: int | None = None,
     generator: torch.Generator | None = None,
@@ -79,6 +81,9 @@ def decode(
         temperature: of the token draw, >= 0; 0 takes the most probable.
         cfg_scale: classifier-free guidance w: u + (w + 1)(c - u), u with the prompt
             masked; 0 is none.
+        suppress_tokens: ids that are never written and have no share in any
+            probability, such as the end of the text. To write them, but after all
+            others, use propose=Confidence(last=…).
         attention_mask: [B, P], 0 on left padding.
         mask_token_id: default the model's own.
         generator: source of every draw; None takes torch's global one.
@@ -105,7 +110,14 @@ def decode(
     where = one_of("where", where, "block_length", block_length, Blocks) or Everywhere()
     commit = one_of("commit", commit, "steps", steps, Even) or Commit()
     policies = Policies(
-        where, proposing.named(propose), commit, revise, stop, temperature, generator
+        where,
+        proposing.named(propose),
+        commit,
+        revise,
+        stop,
+        temperature,
+        generator,
+        suppressed(suppress_tokens, canvas),
     )
     check_budget(policies, canvas)
     forward = Forward(model, canvas, reuse, cfg_scale)
@@ -139,6 +151,7 @@ class Policies:
     stop: EarlyCommit | None
     temperature: float
     generator: torch.Generator | None
+    suppress: Int[Tensor, " n"] | None
 
 
 def budget(
@@ -148,9 +161,11 @@ def budget(
 
     As many are written in addition as are taken back. Moves the rows' clocks on.
     """
-    commit, phases, count = policies.commit, policies.where.phases(canvas), open_.sum(1)
-    back, held = take_back(policies, canvas, phases)
-    quota = commit.quota(count, canvas, phases, policies.generator)
+    commit, count, steps = policies.commit, open_.sum(1), None
+    if commit.steps is not None:
+        steps = policies.where.steps_in_phase(commit.steps, canvas)
+    back, held = take_back(policies, canvas, steps)
+    quota = commit.quota(count, canvas, steps, policies.generator)
     quota = (quota.masked_fill(held, 0) + back.sum(1)).minimum(count)
     canvas.phase_step += (count > 0) & ~held
     canvas.held += held
@@ -168,7 +183,14 @@ def step(
     stop, watched = policies.stop, open_
     if stop is not None:
         watched = open_ | stop.watches(canvas)[rows]
-    logits = forward(rows, watched)
+    read = policies.propose.reads(canvas, rows)
+    seen = watched if read is None else watched | read
+    logits = forward(rows, seen)
+    order = None
+    if read is not None:
+        region = policies.where.region(canvas)[rows]
+        order = policies.propose.order(logits[read[seen]], canvas, rows, region)
+        logits = logits[watched[seen]]
     if stop is not None:
         total = policies.commit.steps or stop.steps
         settled = stop(canvas, rows, watched, logits, total)[:, None]
@@ -180,16 +202,22 @@ def step(
         policies.temperature,
         policies.commit.needs_entropy,
         policies.generator,
+        policies.suppress,
     ).spread(watched)
+    if order is not None:
+        score = order.double().masked_fill(~watched, -torch.inf)
+        proposal = replace(proposal, score=score)
+    within = proposal if stop is None else proposal.within(open_)
+    ranked = replace(within, score=policies.where.rank(within.score, open_))
+    keep = policies.commit(ranked, open_, quota)
     if stop is None:
-        return proposal, policies.commit(proposal, open_, quota), back
-    keep = policies.commit(proposal.within(open_), open_, quota)
+        return proposal, keep, back
     keep = torch.where(settled, canvas.masked[rows], keep)
     return proposal, keep, back & ~settled
 
 
 def take_back(
-    policies: Policies, canvas: Canvas, phases: int
+    policies: Policies, canvas: Canvas, steps: Int[Tensor, " B"] | None
 ) -> tuple[Bool[Tensor, "B T"], Bool[Tensor, " B"]]:
     """Positions to mask again, and rows whose schedule stands still; none by default.
 
@@ -198,7 +226,6 @@ def take_back(
     revise = policies.revise
     if revise is None:
         return torch.zeros_like(canvas.fixed), torch.zeros_like(canvas.phase).bool()
-    steps = policies.commit.steps_in_phase(canvas.phase, phases)
     if steps is None:
         steps = torch.full_like(canvas.phase, revise.steps)
     region = policies.where.region(canvas)
@@ -264,6 +291,18 @@ def one_of(name: str, policy, shorthand: str, value, build):
         return policy
     check(policy is None, shorthand, value, f"None, since {name} is given")
     return build(value)
+
+
+def suppressed(
+    tokens: Sequence[int] | None, canvas: Canvas
+) -> Int[Tensor, " n"] | None:
+    """The tokens to suppress as a tensor; None for none."""
+    if tokens is None or len(tokens) == 0:
+        return None
+    ids = torch.as_tensor(tokens, device=canvas.ids.device)
+    whole = not ids.is_floating_point() and bool((ids >= 0).all())
+    check(whole, "suppress_tokens", tokens, "token ids >= 0")
+    return ids.long()
 
 
 def check_budget(policies: Policies, canvas: Canvas) -> None:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dlmlib.decoding.canvas import Canvas
 from dlmlib.errors import check
-from dlmlib.model.call import accepts, logits_at, unwrapped
+from dlmlib.model.call import accepts, positions_of, unwrapped
 from dlmlib.model.kv_cache import KVCache
+from dlmlib.model.lazy_logits import LazyLogits, lazy_logits_at
 
 
 @dataclass
@@ -20,11 +21,13 @@ class View:
         ids: tokens [B, T].
         valid: [B, T], False on padding; None if there is none.
         phase: the block each row is in [B].
+        pending: whether anything of the row is left to write [B].
     """
 
     ids: Int[Tensor, "B T"]
     valid: Bool[Tensor, "B T"] | None
     phase: Int[Tensor, " B"]
+    pending: Bool[Tensor, " B"]
 
     def padding(self, rows: Int[Tensor, " b"]) -> Bool[Tensor, "b T"] | None:
         """`valid` of some rows."""
@@ -39,9 +42,9 @@ class Recompute:
 
     def __call__(
         self, model, view: View, rows: Int[Tensor, " b"], open_: Bool[Tensor, "b T"]
-    ) -> Float[Tensor, "N V"]:
+    ) -> LazyLogits:
         """Logits of the open positions of the active rows, in row-major order."""
-        return logits_at(model, view.ids[rows], open_, view.padding(rows))
+        return lazy_logits_at(model, view.ids[rows], open_, view.padding(rows))
 
 
 class Reuse:
@@ -95,6 +98,13 @@ class Group:
     stop: int
     cache: KVCache
 
+    def only(self, keep: Bool[Tensor, " b"]) -> "Group":
+        """The group of some of its rows; a copy unless these are all."""
+        if keep.all():
+            return self
+        cache = self.cache.rows(keep.nonzero()[:, 0])
+        return Group(self.rows[keep], self.start, self.stop, cache)
+
 
 class BlockCache:
     """The keys and values of one run, refreshed whenever a row enters a block.
@@ -111,17 +121,18 @@ class BlockCache:
         self.seen: Tensor | None = None  # [B], the phase each row was refreshed in
         self.calls = 0
 
-    def __call__(self, model, view: View, rows, open_) -> Float[Tensor, "N V"]:
+    def __call__(self, model, view: View, rows, open_) -> LazyLogits:
         """As `Recompute`, over cached keys and values where there are any."""
         if self.seen is None:
             self.seen = torch.full_like(view.phase, -1)
         fresh = self.seen[rows] != view.phase[rows]
+        self.drop(~view.pending.index_fill(0, rows[fresh], False))
         parts, owners = [], []
         for group in self.groups:
-            here = torch.isin(rows, group.rows) & ~fresh
-            if here.any():
-                self.narrow(group, rows[here])
-                parts.append(self.inside(model, view, group, open_[here]))
+            here = torch.isin(rows, group.rows)
+            if here.any():  # the other rows of the group may only pause
+                active = group.only(torch.isin(group.rows, rows))
+                parts.append(self.inside(model, view, active, open_[here]))
                 owners.append(here)
         if fresh.any():
             parts.append(self.refresh(model, view, rows[fresh], open_[fresh]))
@@ -129,16 +140,12 @@ class BlockCache:
         self.calls = len(parts)
         return in_row_order(parts, owners, open_)
 
-    def refresh(self, model, view, rows, open_) -> Float[Tensor, "n V"]:
+    def refresh(self, model, view, rows, open_) -> LazyLogits:
         """Compute everything for rows that entered a block, and keep it."""
         length = open_.shape[1]
         cache, valid = KVCache(length), view.padding(rows)
-        options = {} if valid is None else {"position_ids": positions(valid)}
-        logits = model(
-            view.ids[rows], valid, cache=cache, logit_positions=open_, **options
-        ).logits
+        logits = lazy_logits_at(model, view.ids[rows], open_, valid, cache=cache)
         self.seen[rows] = view.phase[rows]
-        self.groups = [g for g in self.groups if not torch.isin(g.rows, rows).all()]
         first = open_.int().argmax(1)
         stop = length - open_.flip(1).int().argmax(1)
         shift = getattr(unwrapped(model).config, "shift_logits", False)
@@ -154,40 +161,28 @@ class BlockCache:
             )
         return logits
 
-    def narrow(self, group: Group, rows: Int[Tensor, " b"]) -> None:
-        """Drop the rows that left a group."""
-        if len(rows) < len(group.rows):
-            keep = torch.isin(group.rows, rows).nonzero()[:, 0]
-            group.rows, group.cache = group.rows[keep], group.cache.rows(keep)
+    def drop(self, gone: Bool[Tensor, " B"]) -> None:
+        """Forget rows that are done or enter another block."""
+        keeps = [(group, ~gone[group.rows]) for group in self.groups]
+        self.groups = [group.only(keep) for group, keep in keeps if keep.any()]
 
-    def inside(self, model, view, group, open_) -> Float[Tensor, "n V"]:
+    def inside(self, model, view, group, open_) -> LazyLogits:
         """Compute the group's columns only."""
         columns, valid = slice(group.start, group.stop), view.padding(group.rows)
-        options = {}
+        options = {"cache": group.cache, "start": group.start}
         if valid is not None:
-            options["position_ids"] = positions(valid)[:, columns]
-        return model(
-            view.ids[group.rows, columns],
-            valid,
-            cache=group.cache,
-            start=group.start,
-            logit_positions=open_[:, columns],
-            **options,
-        ).logits
+            options["position_ids"] = positions_of(valid)[:, columns]
+        ids, wanted = view.ids[group.rows, columns], open_[:, columns]
+        return lazy_logits_at(model, ids, wanted, valid, **options)
 
 
-def in_row_order(parts, owners, open_) -> Float[Tensor, "N V"]:
+def in_row_order(parts: list[LazyLogits], owners, open_) -> LazyLogits:
     """Logits of several groups of rows, put back into row-major order."""
     if len(parts) == 1:
         return parts[0]
     row = open_.nonzero()[:, 0]
     place = torch.cat([owner[row].nonzero()[:, 0] for owner in owners])
-    return torch.cat(parts)[place.argsort()]
-
-
-def positions(valid: Bool[Tensor, "b T"]) -> Int[Tensor, "b T"]:
-    """Rotary positions counted from each row's first real token."""
-    return (valid.long().cumsum(1) - 1).clamp_min(0)
+    return LazyLogits.cat(parts)[place.argsort()]
 
 
 class Forward:
@@ -219,10 +214,11 @@ class Forward:
 
     def __call__(
         self, rows: Int[Tensor, " b"], open_: Bool[Tensor, "b T"]
-    ) -> Float[Tensor, "N V"]:
+    ) -> LazyLogits:
         """Logits of the open positions of the active rows."""
         canvas, valid = self.canvas, self.valid
-        view = View(canvas.ids, valid, canvas.phase)
+        pending = canvas.masked.any(1)
+        view = View(canvas.ids, valid, canvas.phase, pending)
         if not self.cfg_scale:
             return self.memory(self.model, view, rows, open_)
         given = canvas.fixed & canvas.valid
@@ -231,9 +227,15 @@ class Forward:
             torch.cat([canvas.ids, blind]),
             None if valid is None else torch.cat([valid, valid]),
             torch.cat([canvas.phase, canvas.phase]),
+            torch.cat([pending, pending]),
         )
         twice = torch.cat([rows, rows + len(canvas.ids)])
         logits = self.memory(self.model, both, twice, torch.cat([open_, open_]))
-        told, untold = logits.chunk(2)
-        guided = untold + (self.cfg_scale + 1) * (told - untold)
-        return guided.masked_fill(guided.isnan(), -torch.inf)  # impossible stays so
+        return logits.paired(self.guided)
+
+    def guided(
+        self, told: Float[Tensor, "n V"], untold: Float[Tensor, "n V"]
+    ) -> Float[Tensor, "n V"]:
+        """Logits of the canvas with the prompt, led away from those without it."""
+        lead = (told - untold).mul_(self.cfg_scale + 1).add_(untold)
+        return lead.masked_fill_(lead.isnan(), -torch.inf)  # impossible stays so

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dlmlib.decoding.reuse import Reuse, View
 from dlmlib.errors import check
-from dlmlib.model.call import logits_at
+from dlmlib.model.lazy_logits import LazyLogits, by_chunks, lazy_logits_at
 
 
 class Speculate(Reuse):
@@ -44,9 +44,9 @@ class Drafts:
 
     Fields, with R rows and K = 1 + depth canvases each:
         ids: the canvases [R, K, T], None before the first forward.
+        logits: of their open positions.
         place: row of `logits` that holds a position's logits [R, K, T], -1 for none.
-        token, sure: what each row's last logits would write, and how surely [R, T].
-        count: open positions of each row at that time [R].
+        at: which of its canvases each row stood on last [R].
         took: rows that took part in the last forward.
     """
 
@@ -55,16 +55,15 @@ class Drafts:
 
     def __call__(
         self, model, view: View, rows: Int[Tensor, " b"], open_: Bool[Tensor, "b T"]
-    ) -> Float[Tensor, "N V"]:
+    ) -> LazyLogits:
         """Logits of the open positions, from a draft where one came true."""
         self.took, self.calls = self.missing(view, rows, open_), 0
         if self.took.any():
             self.compute(model, view, rows[self.took], open_[self.took])
             self.calls = 1
         known = (self.ids[rows] == view.ids[rows, None]).all(-1).int().argmax(1)
-        logits = self.logits[self.place[rows, known][open_]]
-        self.plan(rows, open_, logits)
-        return logits
+        self.at[rows] = known
+        return self.logits[self.place[rows, known][open_]]
 
     def missing(self, view: View, rows, open_) -> Bool[Tensor, " b"]:
         """Rows whose canvas, or some position of it, was not computed ahead."""
@@ -82,55 +81,59 @@ class Drafts:
         flat, valid = ids.flatten(0, 1), view.padding(rows)
         if valid is not None:
             valid = valid.repeat_interleave(ids.shape[1], 0)
-        logits = logits_at(model, flat, blank.flatten(0, 1), valid)
+        logits = lazy_logits_at(model, flat, blank.flatten(0, 1), valid)
         if self.ids is None:
             shape = (len(view.ids), 1 + self.depth, view.ids.shape[1])
             self.ids = flat.new_full(shape, -1)
             self.place = flat.new_full(shape, -1)
-            self.token = torch.zeros_like(view.ids)
-            self.sure = logits.new_full(view.ids.shape, -torch.inf)
-            self.count = torch.zeros_like(view.phase)
+            self.at = torch.zeros_like(view.phase)
             self.logits = logits[:0]
         kept = self.keep(rows)
         self.ids[rows], self.place[rows] = -1, -1
         columns = ids.shape[1]
         numbers = torch.full_like(blank, -1, dtype=torch.long)
-        numbers[blank] = torch.arange(len(logits), device=ids.device) + len(kept)
+        held, new = kept.shape[0], logits.shape[0]
+        numbers[blank] = torch.arange(held, held + new, device=ids.device)
         self.ids[rows, :columns], self.place[rows, :columns] = ids, numbers
-        self.logits = torch.cat([kept, logits])
+        self.logits = LazyLogits.cat([kept, logits])
 
-    def keep(self, rows) -> Float[Tensor, "n V"]:
+    def keep(self, rows) -> LazyLogits:
         """Logits of the other rows, renumbered from 0; those of `rows` are dropped."""
         others = torch.ones(len(self.ids), dtype=torch.bool, device=rows.device)
         others[rows] = False
         held = (self.place >= 0) & others[:, None, None]
         kept = self.logits[self.place[held]]
-        self.place[held] = torch.arange(len(kept), device=rows.device)
+        self.place[held] = torch.arange(kept.shape[0], device=rows.device)
         return kept
 
     def drafts(self, view: View, rows, open_) -> Int[Tensor, "m K T"]:
-        """The canvases now, and after 1 … depth further steps of the last plan.
+        """The canvases now, and after 1 … depth further steps as the last logits say.
 
         Each draft writes as many tokens as the last step did, the surest first.
         """
         now = view.ids[rows]
         if self.ids is None:
             return now[:, None]
-        sure = self.sure[rows].masked_fill(~open_, -torch.inf)
+        token, sure, count = self.plan(rows)
+        sure = sure.masked_fill(~open_, -torch.inf)
         planned = sure > -torch.inf
         rank = sure.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        pace = (self.count[rows] - open_.sum(1)).clamp_min(1)
+        pace = (count - open_.sum(1)).clamp_min(1)
         steps = torch.arange(1 + self.depth, device=now.device)
         write = rank[:, None] < (steps * pace[:, None])[..., None]  # [m, K, T]
         write &= planned[:, None]
-        return torch.where(write, self.token[rows, None], now[:, None])
+        return torch.where(write, token[:, None], now[:, None])
 
-    def plan(self, rows, open_, logits) -> None:
-        """Remember what these logits would write next."""
-        best, token = logits.max(-1)
-        sure = self.sure.new_full(open_.shape, -torch.inf)
-        sure[open_] = (best - logits.logsumexp(-1)).to(sure.dtype)
-        tokens = self.token[rows]
-        tokens[open_] = token
-        self.sure[rows], self.token[rows] = sure, tokens
-        self.count[rows] = open_.sum(1)
+    def plan(
+        self, rows
+    ) -> tuple[Int[Tensor, "m T"], Float[Tensor, "m T"], Int[Tensor, " m"]]:
+        """What the rows' last logits would write, how surely, and how many they are."""
+        number = self.place[rows, self.at[rows]]
+        had = number >= 0
+        token = torch.zeros_like(number)
+        sure = torch.full(number.shape, -torch.inf, device=number.device)
+        logits = self.logits[number[had]]
+        best = by_chunks(lambda part: (*part.max(-1), part.logsumexp(-1)), logits)
+        top, token[had], total = (torch.cat(parts) for parts in zip(*best, strict=True))
+        sure[had] = (top - total).float()
+        return token, sure, had.sum(1)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dlmlib.decoding.canvas import Canvas
 from dlmlib.errors import check
+from dlmlib.model.lazy_logits import LazyLogits, by_chunks
 
 
 class EarlyCommit:
@@ -57,7 +58,7 @@ class EarlyCommit:
         canvas: Canvas,
         rows: Int[Tensor, " b"],
         watched: Bool[Tensor, "b T"],
-        logits: Float[Tensor, "N V"],
+        logits: Float[Tensor, "N V"] | LazyLogits,
         steps: int,
     ) -> Bool[Tensor, " b"]:
         """Rows whose answer is settled.
@@ -70,7 +71,8 @@ class EarlyCommit:
             steps: S, the budget of the whole decode.
         """
         here = self.columns(canvas).expand_as(watched)
-        best = logits[here[watched]].topk(2, dim=-1).values
+        tops = by_chunks(lambda part: part.topk(2).values, logits[here[watched]])
+        best = torch.cat(tops)
         gap = (best[:, 0] - best[:, 1]).view(len(rows), -1).mean(1)
         progress = canvas.steps_taken[rows] / steps
         early, middle, late = (gap.new_tensor(value) for value in self.gaps)

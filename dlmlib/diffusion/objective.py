@@ -143,9 +143,16 @@ def maskable_of(batch: dict[str, Tensor]) -> Bool[Tensor, "B T"]:
     return maskable
 
 
-def row_nats(model, seen, clean, scored, attention_mask) -> Float[Tensor, " B"]:
-    """Cross-entropy against `clean` at the `scored` positions, summed over each row."""
+def row_nats(
+    model, seen, clean, scored, attention_mask, weight=None
+) -> Float[Tensor, " B"]:
+    """Cross-entropy against `clean` at the `scored` positions, summed over each row.
+
+    `weight` [B, T], if given, multiplies each token's.
+    """
     logits = logits_at(model, seen, scored, attention_mask)  # [N, V]
     nats = F.cross_entropy(logits.float(), clean[scored], reduction="none")
+    if weight is not None:
+        nats = nats * weight[scored]
     rows = scored.nonzero()[:, 0]
     return nats.new_zeros(len(clean)).index_add(0, rows, nats)

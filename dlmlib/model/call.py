@@ -30,6 +30,7 @@ def logits_at(
     input_ids: Int[Tensor, "B T"],
     positions: Bool[Tensor, "B T"],
     attention_mask: Tensor | None = None,
+    **options,
 ) -> Float[Tensor, "N V"]:
     """Logits of the chosen positions, in row-major order.
 
@@ -42,25 +43,40 @@ def logits_at(
         input_ids: the canvas.
         positions: True where logits are wanted.
         attention_mask: False or 0 on padding; None if there is none.
+        options: more arguments of the model's forward, such as a cache.
     Raises:
         ValueError: if there is padding and the model takes no `attention_mask`.
     Introduced in notebook 03.
     """
-    options = {}
-    if attention_mask is not None:
-        check(
-            accepts(model, "attention_mask"),
-            "model",
-            type(model).__name__,
-            "a forward with attention_mask, since rows are padded",
-        )
-        options["attention_mask"] = attention_mask
-        if accepts(model, "position_ids"):
-            places = attention_mask.long().cumsum(1) - 1
-            options["position_ids"] = places.clamp_min(0)
+    options = {**padding_options(model, attention_mask), **options}
     if accepts(model, "logit_positions"):
         return model(input_ids, logit_positions=positions, **options).logits
     return model(input_ids, **options).logits[positions]
+
+
+def padding_options(model, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """The arguments of the model's forward that say where padding is.
+
+    Raises:
+        ValueError: if there is padding and the model takes no `attention_mask`.
+    """
+    if attention_mask is None:
+        return {}
+    check(
+        accepts(model, "attention_mask"),
+        "model",
+        type(model).__name__,
+        "a forward with attention_mask, since rows are padded",
+    )
+    options = {"attention_mask": attention_mask}
+    if accepts(model, "position_ids"):
+        options["position_ids"] = positions_of(attention_mask)
+    return options
+
+
+def positions_of(valid: Tensor) -> Int[Tensor, "B T"]:
+    """Rotary positions counted from each row's first real token."""
+    return (valid.long().cumsum(1) - 1).clamp_min(0)
 
 
 def mask_token_of(model, mask_token_id: int | None = None) -> int:

@@ -22,10 +22,12 @@ class DLMOutput(ModelOutput):
 
     logits: [B, T, V], or [N, V] for N chosen positions; row i is about token i.
     hidden_states: [B, T, D] before each block and the normalised end, if asked for.
+    states: what `lm_head` maps to `logits`, if asked for in their place.
     """
 
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    states: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -73,11 +75,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, rope, mask, cache: KVCache | None, start: int):
-        split = (*x.shape[:2], -1, self.head_dim)
-        query = rotate(self.q_proj(x).view(split).transpose(1, 2), *rope)  # [B,H,T,C]
-        key = rotate(self.k_proj(x).view(split).transpose(1, 2), *rope)  # [B,G,T,C]
-        value = self.v_proj(x).view(split).transpose(1, 2)
+    def forward(self, x, rope, mask, cache: KVCache | None, start: int, asked: slice):
+        def heads(flat):  # [B, n, H C] -> [B, H, n, C]
+            return flat.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        here = [part[:, :, asked] for part in rope]
+        query = rotate(heads(self.q_proj(x[:, asked])), *here)
+        key = rotate(heads(self.k_proj(x)), *rope)
+        value = heads(self.v_proj(x))
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, asked]
         if cache is not None:
             key, value = cache.update(self.layer, key, value, start)
         grouped = query.shape[1] != key.shape[1]
@@ -102,7 +109,7 @@ class MLP(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """Pre-norm Transformer block."""
+    """Pre-norm Transformer block; returns the columns that are asked for."""
 
     def __init__(self, config: DLMConfig, layer: int):
         super().__init__()
@@ -112,8 +119,9 @@ class Block(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(*norm)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, cache=None, start=0):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, start)
+    def forward(self, x, rope, mask, cache=None, start=0, asked=slice(None)):
+        normed = self.input_layernorm(x)
+        x = x[:, asked] + self.self_attn(normed, rope, mask, cache, start, asked)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -217,6 +225,7 @@ class DiffusionLM(PreTrainedModel):
         cache: KVCache | None = None,
         start: int = 0,
         output_hidden_states: bool = False,
+        states_only: bool = False,
     ) -> DLMOutput:
         """Predict the token at every position, or at chosen ones only.
 
@@ -231,6 +240,8 @@ class DiffusionLM(PreTrainedModel):
                 first column of a cached forward has no left neighbour to read from.
             start: first column of `input_ids` within the cache.
             output_hidden_states: also return the states [B, n, D], see `DLMOutput`.
+            states_only: leave the output layer to the caller, who can apply `lm_head`
+                to a few positions at a time.
         Returns:
             logits [B, n, V], or [N, V] in row-major order of the chosen positions.
         Raises:
@@ -250,15 +261,39 @@ class DiffusionLM(PreTrainedModel):
                 tuple(attention_mask.shape),
                 f"({len(input_ids)}, {total})",
             )
+        asked = self.asked_columns(logit_positions, output_hidden_states)
         x, states = self.hidden(
-            input_ids, attention_mask, position_ids, cache, start, output_hidden_states
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            start,
+            output_hidden_states,
+            asked,
         )
         valid = None
         if attention_mask is not None:
-            valid = attention_mask[:, start : start + columns].bool()
-        return DLMOutput(self.logits_at(x, logit_positions, valid), states)
+            valid = attention_mask[:, start : start + columns][:, asked].bool()
+        if logit_positions is not None and logit_positions.dtype == torch.bool:
+            logit_positions = logit_positions[:, asked]
+        x = self.states_at(x, logit_positions, valid)
+        if states_only:
+            return DLMOutput(states=x, hidden_states=states)
+        return DLMOutput(self.lm_head(x), states)
 
-    def hidden(self, input_ids, attention_mask, position_ids, cache, start, keep):
+    def asked_columns(self, positions: Tensor | None, keep: bool) -> slice:
+        """Columns from the first to the last that logits at `positions` come from.
+
+        The last block computes nothing else, unless its states are to be kept.
+        """
+        if keep or positions is None or positions.dtype != torch.bool:
+            return slice(None)
+        columns = positions.any(0).nonzero()[:, 0].tolist() or [0]
+        return slice(max(columns[0] - self.config.shift_logits, 0), columns[-1] + 1)
+
+    def hidden(
+        self, input_ids, attention_mask, position_ids, cache, start, keep, asked
+    ):
         """Final normalised states [B, n, D], and those before each block if `keep`."""
         config, body = self.config, self.model
         x = body.embed_tokens(input_ids)
@@ -272,17 +307,18 @@ class DiffusionLM(PreTrainedModel):
         for block in body.layers:
             if keep:
                 states.append(x)
-            x = block(x, rope, mask, cache, start)
+            last = block is body.layers[-1]
+            x = block(x, rope, mask, cache, start, asked if last else slice(None))
         x = body.norm(x)
         return x, (*states, x) if keep else None
 
-    def logits_at(
+    def states_at(
         self,
         x: Float[Tensor, "B n D"],
         positions: Tensor | None,
         valid: Tensor | None = None,
-    ) -> Float[Tensor, "*N V"]:
-        """Output layer on the states that predict `positions` (all if None)."""
+    ) -> Float[Tensor, "*N D"]:
+        """The states that predict `positions` (all if None)."""
         if self.config.shift_logits:
             left = torch.cat([x[:, :1], x[:, :-1]], dim=1)
             if valid is not None:  # the first real token has no left neighbour
@@ -293,4 +329,4 @@ class DiffusionLM(PreTrainedModel):
             if positions.dtype == torch.bool:
                 positions = positions.flatten().nonzero()[:, 0]
             x = x.flatten(0, 1)[positions]
-        return self.lm_head(x)
+        return x

@@ -4,6 +4,8 @@ Only names differ: a config that translates its fields, and a list of renamings 
 transformers applies shard by shard while it loads, and backwards when it saves.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,8 +18,10 @@ from transformers import (
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.utils import logging
 
 from dlmlib.errors import check
+from dlmlib.memory import check_room
 from dlmlib.model.config import DLMConfig
 from dlmlib.model.network import DiffusionLM
 
@@ -105,6 +109,12 @@ class LLaDA(DiffusionLM):
     """`DiffusionLM` under LLaDA's tensor names."""
 
     config_class = LLaDAConfig
+    # LLaDOU's order head, which dlmlib.rl.unmasking_policy reads.
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^mask_(head|linear|embedding)\.",
+        r"^(block|time)_embedding\.",
+        r"^norm_out_[12]\.",
+    ]
 
 
 class Dream(DiffusionLM):
@@ -114,16 +124,22 @@ class Dream(DiffusionLM):
 
 
 def load_pretrained(
-    source: str | Path, device: torch.device | None = None, **options
+    source: str | Path,
+    device: torch.device | None = None,
+    progress: bool = True,
+    **options,
 ) -> tuple[DiffusionLM, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or hub id, in our own format or an official one.
 
     Nothing of the repository is executed: Dream's tokenizer class is Qwen2's with other
-    special tokens, and is read as that.
+    special tokens, and is read as that. LLaDA's does not name its mask token, its
+    config does. Shards are read one after the other, straight to where they belong;
+    before the first of them is fetched the room for all is checked.
 
     Args:
         source: a folder, or a hub id such as "GSAI-ML/LLaDA-8B-Instruct".
         device: where to; None leaves it to `device_map`, or on the CPU.
+        progress: show transformers' progress bars.
         options: for transformers: dtype (default: the checkpoint's own), device_map,
             quantization_config, revision, local_files_only, ...
     Returns:
@@ -131,6 +147,8 @@ def load_pretrained(
     Raises:
         ValueError: another kind of model, or a checkpoint that does not fit its config.
         OSError: there is nothing at `source`, or no network to fetch it.
+        MemoryError: the weights are larger than what is free on `device`; says which
+            dtype, quantization or device_map would do.
     Introduced in notebook 06.
     """
     kinds = {c.config_class.model_type: c for c in (DiffusionLM, LLaDA, Dream)}
@@ -144,11 +162,46 @@ def load_pretrained(
         ) from error
     found = fields.get("model_type")
     check(found in kinds, f"model_type of {source}", found, f"one of {sorted(kinds)}")
-    model = kinds[found].from_pretrained(source, **{"dtype": "auto", **options})
+    options = {"dtype": "auto", **options}
     if device is not None and "device_map" not in options:
-        model = model.to(device)
+        config = kinds[found].config_class.from_pretrained(source)
+        check_room(str(source), config, device, bits_of(config, options))
+        if device.type != "cpu":
+            options["device_map"] = {"": device}
+    with progress_bars(progress):
+        model = kinds[found].from_pretrained(source, **options)
     reader = Qwen2Tokenizer if found == "Dream" else AutoTokenizer
-    return model.eval(), reader.from_pretrained(source)
+    tokenizer = reader.from_pretrained(source)
+    if tokenizer.mask_token is None and model.config.mask_token_id is not None:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(
+            model.config.mask_token_id
+        )
+    return model.eval(), tokenizer
+
+
+def bits_of(config: DLMConfig, options: dict) -> int:
+    """Bits that a weight will take, by the options of `load_pretrained`."""
+    quantized = options.get("quantization_config")
+    if quantized is not None:
+        known = quantized if isinstance(quantized, dict) else vars(quantized)
+        return 4 if known.get("load_in_4bit") or known.get("_load_in_4bit") else 8
+    dtype = options["dtype"]
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return 8 * dtype.itemsize
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """transformers' progress bars as asked for, then as they were."""
+    switch = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    before = logging.is_progress_bar_enabled()
+    switch[shown]()
+    try:
+        yield
+    finally:
+        switch[before]()
 
 
 LLADA_NAMES = {

@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dlmlib.decoding.propose import Propose
+from dlmlib.device import uniform
 from dlmlib.errors import check
 from dlmlib.model import DLMConfig
 from dlmlib.model.network import Block, rope_angles
@@ -138,6 +140,49 @@ def sinusoids(time: Float[Tensor, " B"]) -> Float[Tensor, "B F"]:
     steps = torch.arange(half, dtype=torch.float32, device=time.device)
     angles = time.float()[:, None] * torch.exp(-math.log(10_000) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Learned(Propose):
+    """An order policy that asks an `OrderHead` where to write next.
+
+    Args:
+        head: the trained head.
+        generator: draws positions without replacement (Gumbel noise on h), as rollouts
+            need; None takes the highest h.
+    Source: LLaDOU (arXiv 2505.10446). Introduced in notebook 21.
+    """
+
+    def __init__(self, head: OrderHead, generator: torch.Generator | None = None):
+        self.head, self.generator = head, generator
+
+    def reads(self, canvas, rows):
+        """The answer: all columns behind the prompt, or all if nothing was appended."""
+        answer = torch.zeros_like(canvas.fixed[rows])
+        start = canvas.prompt_length
+        answer[:, start if start < answer.shape[1] else 0 :] = True
+        return answer
+
+    def score(self, logits, token, logprob, entropy, columns, generator):
+        return logprob  # replaced by `order`
+
+    def order(self, logits, canvas, rows, region):
+        """h, with noise if positions are to be drawn.
+
+        Raises:
+            ValueError: for a model that gives logits but no states, or with guidance.
+        """
+        states, read = logits.states, self.reads(canvas, rows)
+        width = self.head.config.hidden_size
+        fits = states.dim() == 2 and states.shape[1] == width
+        check(fits, "states", tuple(states.shape), f"[N, {width}]: no guidance")
+        masked = canvas.masked[rows]
+        part = [x[read].view(len(rows), -1) for x in (masked, region)]
+        time = 1 - part[0].float().mean(1)  # the share that is written
+        h = self.head(states.view(*part[0].shape, -1), time, *part)
+        if self.generator is not None:
+            u = uniform(h.shape, self.generator, h.device, torch.float64)
+            h = h - (-u.log()).log()
+        return h.new_zeros(read.shape).masked_scatter(read, h)
 
 
 def plackett_luce(

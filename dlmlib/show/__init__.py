@@ -3,6 +3,7 @@
 Importing `show` applies its style sheet to matplotlib (`show.use()`).
 """
 
+from dlmlib.show.graph_view import graph, graph_scrubber, layers
 from dlmlib.show.html_view import Scrubber, scrubber, strip_html
 from dlmlib.show.palette import (
     AMOUNT,
@@ -36,7 +37,10 @@ __all__ = [
     "confidence_strip",
     "curve",
     "display",
+    "graph",
+    "graph_scrubber",
     "heat",
+    "layers",
     "learning_curve",
     "order",
     "reference",

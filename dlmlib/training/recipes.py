@@ -58,6 +58,56 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+PATHS = dict(  # of the graph tasks; the shift is Dream's: a node's own column looks up
+    hidden_size=64,  # the node after it
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=128,
+    rope_theta=1e5,
+    initializer_range=0.1,
+    shift_logits=True,
+)
+
+CUPS = dict(  # positions are at most 57: fast rotations tell neighbours apart
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=192,
+    rope_theta=100.0,
+    initializer_range=0.1,
+)
+
+SUMS = dict(  # a low base: who stands next to whom is all that matters
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=128,
+    rope_theta=100.0,
+    initializer_range=0.1,
+)
+
+
+def sums(name: str, description: str, steps: int = 800, ar: bool = False, **task):
+    """A recipe on running sums: masked diffusion, or its autoregressive twin."""
+    twin = dict(attention="causal", shift_logits=True) if ar else {}
+    return Recipe(
+        name=name,
+        description=description,
+        task="dlmlib.tasks.sums:RunningSums",
+        task_arguments=dict(terms=8, modulus=5, **task),
+        model=SUMS | twin,
+        objective=None if ar else dict(times="l_of_L"),
+        training=dict(steps=steps, lr=4e-3, warmup=100),
+    )
+
+
+CHAINS = dict(  # of the arithmetic tasks
+    hidden_size=64,
+    num_hidden_layers=2,
+    intermediate_size=192,
+    initializer_range=0.1,
+)
+
 RECIPES = {
     recipe.name: recipe
     for recipe in [
@@ -75,6 +125,96 @@ RECIPES = {
             batch_size=64,
             training=dict(steps=8000, lr=6e-3, warmup=100, ema=0.999),
         ),
+        Recipe(
+            name="connectivity",
+            description="masked diffusion on two-path graphs, with a scratchpad",
+            task="dlmlib.tasks.connectivity:TwoPaths",
+            model=PATHS,
+            objective=dict(times="l_of_L"),
+            batch_size=128,
+            training=dict(steps=1500, lr=4e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
+            name="connectivity_ar",
+            description="the autoregressive twin of connectivity",
+            task="dlmlib.tasks.connectivity:TwoPaths",
+            model=PATHS | dict(attention="causal"),
+            objective=None,
+            batch_size=128,
+            training=dict(steps=1000, lr=4e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
+            name="star",
+            description="masked diffusion on star graphs: the path to the goal",
+            task="dlmlib.tasks.star:Star",
+            model=PATHS,
+            objective=dict(times="l_of_L"),
+            batch_size=128,
+            training=dict(steps=1500, lr=4e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
+            name="star_ar",
+            description="the autoregressive twin of star",
+            task="dlmlib.tasks.star:Star",
+            model=PATHS | dict(attention="causal"),
+            objective=None,
+            batch_size=128,
+            training=dict(steps=1000, lr=4e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
+            name="dead_ends",
+            description="autoregressive walks and searches among dead ends",
+            task="dlmlib.tasks.dead_ends:DeadEnds",
+            model=PATHS | dict(num_hidden_layers=3, attention="causal"),
+            objective=None,
+            batch_size=128,
+            training=dict(steps=2200, lr=4e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
+            name="arithmetic",
+            description="masked diffusion on chains of eight operations modulo 7",
+            task="dlmlib.tasks.arithmetic:Arithmetic",
+            model=CHAINS,
+            objective=dict(times="l_of_L"),
+            batch_size=64,
+            training=dict(steps=1500, lr=4e-3, warmup=100),
+        ),
+        Recipe(
+            name="arithmetic_sentence",
+            description="the same chains, with an answer somewhere after them",
+            task="dlmlib.tasks.arithmetic:Arithmetic",
+            task_arguments=dict(form="sentence"),
+            model=CHAINS,
+            objective=dict(times="l_of_L"),
+            batch_size=64,
+            training=dict(steps=1500, lr=4e-3, warmup=100),
+        ),
+        Recipe(
+            name="cups_chain",
+            description="masked diffusion on products of 24 shuffles, as one chain",
+            task="dlmlib.tasks.permutations:Permutations",
+            task_arguments=dict(format="chain"),
+            model=CUPS,
+            objective=dict(times="l_of_L"),
+            batch_size=64,
+            training=dict(steps=1800, lr=4e-3, warmup=100),
+        ),
+        Recipe(
+            name="cups_streams",
+            description="masked diffusion on products of 24 shuffles, as four streams",
+            task="dlmlib.tasks.permutations:Permutations",
+            task_arguments=dict(format="streams"),
+            model=CUPS,
+            objective=dict(times="l_of_L"),
+            batch_size=64,
+            training=dict(steps=1800, lr=4e-3, warmup=100),
+        ),
+        sums("sums", "masked diffusion on running sums: one chain of 8"),
+        sums("sums_shuffled", "the same sums, shuffled columns", steps=1600, stride=5),
+        sums("sums_streams", "masked diffusion on 4 separate sums of 2", streams=4),
+        sums("sums_separate", "masked diffusion on 8 separate terms", streams=8),
+        sums("sums_ar", "the autoregressive twin of sums", ar=True),
+        sums("sums_streams_ar", "the twin of sums_streams", ar=True, streams=4),
     ]
 }
 
@@ -109,7 +249,7 @@ def load(
     if name not in RECIPES:
         known = "a folder or hub id of a saved model, or one of " + str(sorted(RECIPES))
         check("/" in str(name) or Path(name).is_dir(), "name", name, known)
-        return load_pretrained(name, target, **options)
+        return load_pretrained(name, target, progress, **options)
     check(not options, "options", sorted(options), "none with a recipe")
     recipe = RECIPES[name]
     task, model = build(recipe)

@@ -6,11 +6,8 @@ Left out, and why:
 - seeded calls (`random_seeded`, `gumbel_T0.7_seeded`, `origin_*_seeded`,
   `entropy_T0.4_topp0.95_seeded`, `entropy_algtemp0.5_seeded`): upstream draws noise for
   the whole canvas from torch's global generator, we for the open positions only;
-- `logits_eos_inf`, `confidence_eos_eot_inf`: the switches come with LLaDA itself;
-- Fast-dLLM Dream's `prefix_*` and `dual_*`: upstream reads the first logit of a cached
-  block from the block itself, not from its left neighbour as Dream's shift asks;
-- Fast-dLLM Dream's `nocache_thr0.5`: upstream also caps a step at length / steps tokens
-  plus those that earlier steps left over, a rule that `Threshold` does not have;
+- Fast-dLLM Dream's cached calls and `nocache_thr0.5`: the program has rules of its own,
+  see test_fastdllm_dream.py;
 - `prompt_contains_mask`: upstream leaves the prompt's masks in the result;
 - `cfg_without_attention_mask`: upstream crashes.
 """
@@ -18,6 +15,7 @@ Left out, and why:
 import pytest
 import torch
 
+from dlmlib import presets
 from dlmlib.decoding import (
     Blocks,
     DualCache,
@@ -43,6 +41,8 @@ LLADA = (
     "lowconf_batch2_leftpad",
     "cfg_1.5",
     "cfg_0.5_batch2_leftpad",
+    "logits_eos_inf",
+    "confidence_eos_eot_inf",
 )
 CACHES = {
     "generate": Reuse,
@@ -77,8 +77,6 @@ DREAM = (
 LLADA_LEFT_OUT = (
     "random_seeded",
     "gumbel_T0.7_seeded",
-    "logits_eos_inf",
-    "confidence_eos_eot_inf",
     "prompt_contains_mask",
     "cfg_without_attention_mask",
 )
@@ -115,15 +113,25 @@ def test_llada_generate(llada, name):
     call = llada.calls[f"llada_generate/{name}"]
     golden, args = llada.of(f"llada_generate/{name}"), call["args"]
     guided = args.get("cfg_scale", 0.0)
+    switches = {
+        name: args[name]
+        for name in ("logits_eos_inf", "confidence_eos_eot_inf")
+        if name in args
+    }
     out = decode(
         llada.model,
         golden["prompt"],
         length=args["gen_length"],
-        steps=args["steps"],
-        block_length=args["block_length"],
-        cfg_scale=guided,
         attention_mask=golden.get("attention_mask"),
         trace=True,
+        **presets.llada(
+            args["steps"],
+            args["block_length"],
+            **switches,
+            eos_token_id=call["eos_id_used"],
+            eot_token_id=call["eot_id_used"],
+            cfg_scale=guided,
+        ),
     )
     rows = len(golden["prompt"])  # guidance appends the unconditional copies
     assert_same_path(out, golden["forward_inputs"][:, :rows], golden["output"])
@@ -265,7 +273,7 @@ def test_even_split(llada, index):
     left, commit = masked.sum(1), Even(steps)
     for step in range(steps):
         canvas.phase_step = torch.full_like(left, step)
-        quota = commit.quota(left, canvas, 1, None)
+        quota = commit.quota(left, canvas, torch.full_like(left, steps), None)
         assert torch.equal(quota, golden["result"][:, step])
         left = left - quota
     assert not left.any()

@@ -1,15 +1,23 @@
-"""d1's and coupled-GRPO's log-probabilities on the official checkpoints."""
+"""Official answers of d1, coupled-GRPO and LLaDOU on their checkpoints."""
 
 import random
 
 import pytest
 import torch
+from conftest import GOLDENS, Golden
 
+import dlmlib as dlm
 from dlmlib.rl.estimators import Coupled, MeanField, complementary
 from dlmlib.rl.logprob import Views
+from dlmlib.rl.unmasking_policy import Learned, OrderHead
 
 KEEP = 12  # completion tokens in every call
 ONE_FORWARD = ("p0.15", "p0.15_3iters", "p0.0", "p0.5")
+
+
+@pytest.fixture(scope="module")
+def lladou() -> Golden:
+    return Golden.load("lladou_llada_a")
 
 
 def close(found, expected):
@@ -53,3 +61,46 @@ def test_coupled_is_diffucoders(dream, name, seeds):
         with torch.no_grad():
             found = Coupled().evaluate(dream.model, views)
         close(found.tokens[:, -KEEP:], golden["logps"][:, number])
+
+
+@pytest.mark.parametrize("time", ["0.0", "0.25", "0.75"])
+def test_order_head_is_lladous(lladou, time):
+    golden = lladou.of("lladou/policy")
+    head = OrderHead.from_pretrained(GOLDENS / "lladou_llada_a", lladou.model.config)
+    with torch.no_grad():
+        found = head(
+            golden["hidden_last"],
+            torch.full((2,), float(time)),
+            golden["mask_index"],
+            golden["current_block"],
+        )
+    close(found, golden[f"logits_t{time}"])
+
+
+def test_a_checkpoint_with_an_order_head_loads_as_the_network_alone(lladou):
+    golden = lladou.of("lladou/policy")
+    with torch.no_grad():
+        out = lladou.model(golden["input_ids"], output_hidden_states=True)
+    close(out.logits, golden["token_logits"])
+    close(out.hidden_states[-1][:, 8:], golden["hidden_last"])
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "block"), [("sample_infer_b8", 8, 8), ("sample_infer_b16", 4, 16)]
+)
+def test_learned_order_decodes_as_lladou(lladou, name, steps, block):
+    """Token for token at every step, with equal forwards."""
+    golden = lladou.of(f"lladou/{name}")
+    head = OrderHead.from_pretrained(GOLDENS / "lladou_llada_a", lladou.model.config)
+    out = dlm.decode(
+        lladou.model,
+        golden["prompt"],
+        length=16,
+        steps=steps,
+        block_length=block,
+        propose=Learned(head.requires_grad_(False)),
+        trace=True,
+    )
+    assert out.forwards == steps
+    for step, expected in enumerate(golden["trajectory_outputs"]):
+        assert torch.equal(out.trace.canvas(step + 1), expected)

@@ -6,8 +6,10 @@ from statistics import median
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_model
 
-from dlmlib import bench
+from dlmlib import bench, roofline
+from dlmlib.device import graphed
 
 PEERS = '''
 import torch
@@ -222,15 +224,97 @@ def test_failed_write_keeps_the_old_file(monkeypatch, tmp_path):
     assert out.read_text() == "old"
 
 
-def test_extra_memory_counts_tensors():
-    """Two of three tensors of 4 MB live at once; what lived before does not count."""
-    before = torch.ones(1_000_000)
+def test_one_exact_mode_agrees_with_nothing():
+    """Neither true nor false, and no reason to fail."""
+    assert bench.measure(options_of("--modes", "lossless"))["exact_modes_agree"] is None
+    both = bench.measure(options_of("--modes", "lossless,full,dual"))
+    assert both["exact_modes_agree"] is True
 
-    def run():
-        one = before + 1
-        two = one + 1
-        del one
-        return two + 1
 
-    extra = bench.extra_memory(run, torch.device("cpu"))
-    assert 8_000_000 <= extra < 8_100_000
+def test_a_peer_on_its_own_network_says_its_forwards(tmp_path):
+    """Our network does not see them; without a number they stay unknown."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "def counted(model, prompt, **options): return prompt, 7\n"
+        "def silent(model, prompt, **options): return prompt\n"
+    )
+    peers = [word for f in ("counted", "silent") for word in ("--peer", f"{file}:{f}")]
+    result = bench.measure(options_of("--modes", "lossless", *peers))
+    own, counted, silent = result["modes"]
+    assert (own["forwards"], counted["forwards"], silent["forwards"]) == (8, 7, None)
+    assert counted["tokens_per_forward"] == 16 / 7
+    assert silent["tokens_per_forward"] is None
+    assert "?" in bench.table(result["modes"])
+
+
+def test_sweep(tmp_path, capsys):
+    """Every value in one file; a longer answer keeps the tokens per step."""
+    out = tmp_path / "cost.json"
+    arguments = f"--tiny --device cpu --repeats 1 --modes lossless,dual --out {out}"
+    sweeps = ["--sweep", "answer=8,32", "--sweep", "batch=1,3"]
+    assert bench.main([*arguments.split(), *sweeps]) == 0
+    points = json.loads(out.read_text())["points"]
+    sizes = [(p["answer"], p["batch"], p["steps"]) for p in points]
+    assert sizes == [(8, 1, 4), (32, 1, 16), (16, 1, 8), (16, 3, 8)]
+    for point in points:
+        names = [mode["name"] for mode in point["modes"]]
+        assert names == ["lossless", "dual"]
+        assert {mode["forwards"] for mode in point["modes"]} == {point["steps"]}
+    assert "answer 32 · batch 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["width=8", "answer", "answer=", "batch=1,0", "=1"])
+def test_wrong_sweep(text):
+    with pytest.raises(ValueError, match=f"sweep='{text}'"):
+        bench.measure(options_of("--sweep", text))
+
+
+# A block step against reading the weights
+
+
+def test_weights_that_a_forward_reads():
+    """Every parameter but the embedding table, unless that is the output layer too."""
+    model = tiny_model()
+    table = model.model.embed_tokens.weight.nbytes
+    everything = sum(p.nbytes for p in model.parameters())
+    assert roofline.weight_bytes(model) == everything - table
+    tied = tiny_model(tie_word_embeddings=True)
+    assert roofline.weight_bytes(tied) == everything - table
+
+
+@torch.no_grad()
+def test_block_step_is_the_cached_forward():
+    """Nothing has changed since the cache was filled, so it is the plain forward."""
+    model, ids = tiny_model().double(), torch.arange(20).view(2, 10) % 11
+    token, logprob = roofline.block_step(model, ids, 3, 7)()
+    law = model(ids).logits[:, 3:7].flatten(0, 1).log_softmax(-1)
+    assert torch.equal(token, law.argmax(-1))
+    torch.testing.assert_close(logprob.double(), law.amax(-1), rtol=0, atol=1e-5)
+
+
+def test_step_mode(tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: 1e9)
+    out = tmp_path / "step.json"
+    assert bench.main(["--tiny", "--device", "cpu", "--step", "--out", str(out)]) == 0
+    step = json.loads(out.read_text())["step"]
+    fastest = min(step["eager_seconds"], step["graph_seconds"])
+    assert step["read_seconds"] == step["bytes"] / 1e9
+    assert step["ratio"] == pytest.approx(fastest / step["read_seconds"])
+
+
+def test_bandwidth_counts_reading_and_writing(monkeypatch):
+    monkeypatch.setattr(roofline, "seconds", lambda run, *_: run() is None or 0.5)
+    assert roofline.copy_bandwidth(torch.device("cpu"), 1000) == 4000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@torch.no_grad()
+def test_replayed_step_is_the_step():
+    model = tiny_model().to("cuda")
+    ids = torch.arange(20, device="cuda").view(2, 10) % 11
+    step = roofline.block_step(model, ids, 3, 7)
+    token, logprob = (part.clone() for part in step())
+    for replayed in (graphed(step, "cuda")(), graphed(step, "cuda")()):
+        assert torch.equal(replayed[0], token)
+        torch.testing.assert_close(replayed[1], logprob)

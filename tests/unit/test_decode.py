@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from dlmlib.decoding import (
     Blocks,
+    Confidence,
     EntropyBound,
     Even,
     Everywhere,
@@ -37,7 +38,7 @@ from dlmlib.decoding import (
     decode,
 )
 from dlmlib.decoding.canvas import Canvas
-from dlmlib.decoding.propose import NAMED
+from dlmlib.decoding.propose import NAMED, proposals
 from dlmlib.decoding.reuse import Forward
 from dlmlib.tasks.toy import Joint
 from dlmlib.text import word_tokenizer
@@ -286,6 +287,66 @@ def test_a_mask_is_never_proposed():
     assert set(drawn.sequences[0].tolist()) == {0, 1}
 
 
+# ---------------------------------------------------------------- ends of the text
+
+
+class Ending(nn.Module):
+    """Tokens a, b, end at fixed logits; "end" is the likelier, the further right."""
+
+    mask_token_id = 3
+
+    def forward(self, input_ids):
+        rows, columns = input_ids.shape
+        logits = torch.zeros(rows, columns, 4)
+        logits[..., 1] = 0.5 - 0.1 * torch.arange(columns)
+        logits[..., 2] = 0.4 * torch.arange(columns)
+        logits[..., 3] = -torch.inf
+        return ModelOutput(logits=logits)
+
+
+def test_suppressed_tokens_are_out_of_the_softmax():
+    out = decode(Ending(), [0], length=4, suppress_tokens=[2], trace=True)
+    assert 2 not in out.sequences
+    b = torch.tensor([0.4, 0.3, 0.2, 0.1]).sigmoid()
+    assert out.trace.order() == [1, 2, 3, 4]
+    torch.testing.assert_close(out.trace.commit_logprob[0, 1:], b.log())
+
+
+def test_suppression_is_sampling_without_the_token():
+    """Draws follow the softmax of the rest."""
+    options = dict(length=1, temperature=1.0, suppress_tokens=[0])
+    ids = torch.zeros(20_000, 1, dtype=torch.long)
+    drawn = decode(Ending(), ids, generator=gen(3), **options).sequences[:, 1:]
+    words = torch.arange(3)[:, None]
+    weight = torch.tensor([-torch.inf, 0.4, 0.4]).double().exp()
+    assert p_value(drawn, words, weight / weight.sum()) > 1e-3
+
+
+def test_ends_are_written_last():
+    """Plain confidence begins with the ends; `last` leaves them for the end."""
+    plain = decode(Ending(), [0], length=4, trace=True)
+    after = decode(Ending(), [0], length=4, propose=Confidence(last=[2]), trace=True)
+    assert torch.equal(plain.sequences, after.sequences)
+    ends = plain.sequences[0, 1:] == 2
+    assert ends.tolist() == [False, True, True, True]
+    first, then = (out.trace.commit_step[0, 1:] for out in (plain, after))
+    assert first[ends].max() < first[~ends].min()
+    assert then[ends].min() > then[~ends].max()
+
+
+def test_rank_of_the_others_is_without_the_last_tokens():
+    """p(token) / (1 - p(last)), as if the last tokens did not exist."""
+    logits = torch.randn(50, 6, generator=gen(4)).double()
+    columns, none = torch.arange(50), 99
+    ours = proposals(Confidence(last=[1, 4]), logits, columns, none)
+    rest = logits[:, [0, 2, 3, 5]].log_softmax(-1).max(-1).values
+    ending = torch.isin(ours.token, torch.tensor([1, 4]))
+    assert ending.any() and not ending.all()
+    torch.testing.assert_close(ours.score[~ending], rest[~ending])
+    assert ours.score[ending].max() < rest.min()
+    assert ours.score[ending].isfinite().all()  # or a closed position might be taken
+
+
 # ---------------------------------------------------------------- independent rows
 
 ALONE = {name: COMMITS[name] for name in COMMITS if name != "stochastic"}
@@ -405,7 +466,8 @@ def test_guidance_formula_and_what_the_blind_half_sees():
     seen = watch(model)
     canvas = Canvas.start([[1, 2, 10, 3], [4]], 2, 10)
     open_ = canvas.masked
-    guided = Forward(model, canvas, None, 1.5)(torch.arange(2), open_)
+    lazy = Forward(model, canvas, None, 1.5)(torch.arange(2), open_)
+    guided = torch.cat(list(lazy.split(3)))
     assert len(seen) == 1 and len(seen[0]) == 4
     assert torch.equal(seen[0][:2], canvas.ids)
     real = canvas.valid

@@ -29,6 +29,8 @@ WRONG = [
     (dict(temperature=NAN), "temperature=nan: expected >= 0"),
     (dict(cfg_scale=-1.0), "cfg_scale=-1.0: expected >= 0"),
     (dict(cfg_scale=NAN), "cfg_scale=nan: expected >= 0"),
+    (dict(suppress_tokens=[1, -1]), "suppress_tokens=[1, -1]: expected token ids >= 0"),
+    (dict(suppress_tokens=[0.5]), "suppress_tokens=[0.5]: expected token ids >= 0"),
     (dict(length=-1), "length=-1: expected an integer >= 0"),
     (dict(length=2.0), "length=2.0: expected an integer >= 0"),
     (dict(length=0), "length=0: expected >= 1, or a [MASK] in the prompt"),

@@ -200,6 +200,28 @@ def test_gpu_peaks_come_from_the_allocator(monkeypatch):
     assert dev.peak_memory("mps") == 99
 
 
+def test_extra_memory_counts_tensors():
+    """Two of three tensors of 4 MB live at once; what lived before does not count."""
+    before = torch.ones(1_000_000)
+
+    def run():
+        one = before + 1
+        two = one + 1
+        del one
+        return two + 1
+
+    assert 8_000_000 <= dev.extra_memory(run, "cpu") < 8_100_000
+    assert dev.extra_memory(lambda: None, "cpu") == 0
+
+
+def test_extra_memory_of_a_gpu_is_above_what_was_held(monkeypatch):
+    calls, held = [], iter([1000, 1500])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: next(held))
+    extra = dev.extra_memory(lambda: calls.append("run"), "cuda:1")
+    assert (extra, calls) == (500, ["cuda:1", "run"])
+
+
 # ---- on a real GPU
 
 gpu = pytest.mark.gpu

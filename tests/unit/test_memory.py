@@ -372,3 +372,32 @@ def test_gpu_out_of_memory_is_backed_off():
 
     assert list(mem.back_off(step, list(range(8)), 8)) == list(range(8))
     assert sizes[0] == 8 and sizes[-1] <= 2
+
+
+# ---------------------------------------------------------------- room for the weights
+
+
+def test_there_is_room_up_to_the_last_byte():
+    size = mem.count_parameters(SMALL) * 2
+    mem.check_room("x", SMALL, "cpu", 16, free=size)
+    with pytest.raises(MemoryError, match=r"x: .* 16 bits each"):
+        mem.check_room("x", SMALL, "cpu", 16, free=size - 1)
+
+
+def test_a_refusal_says_what_would_fit():
+    """LLaDA-8B in 9 GB: half precision does not, quantized weights do."""
+    with pytest.raises(MemoryError) as caught:
+        mem.check_room("LLaDA", LLADA, "cpu", 32, free=9e9)
+    first, *ways = str(caught.value).splitlines()
+    assert "32.06 GB" in first and "9.00 GB free on cpu" in first
+    assert ["(fits)" in way for way in ways] == [False, True, True, False]
+    assert [
+        way.split(": ")[1].removesuffix(" (fits)") for way in ways[:3]
+    ] == ["16.03 GB", "8.02 GB", "4.01 GB"]
+    assert "device_map" in ways[3]
+
+
+def test_room_is_asked_of_the_device(monkeypatch):
+    monkeypatch.setattr(mem, "free_memory", lambda device: 1)
+    with pytest.raises(MemoryError, match=r"1 B free on cpu"):
+        mem.check_room("x", SMALL, "cpu", 32)

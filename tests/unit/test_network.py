@@ -202,6 +202,31 @@ def test_rows_do_not_mix(model):
 # Logits of some positions only
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_last_block_computes_what_is_asked_for(variant, padded):
+    """Of columns 3 to 5, and the one before where logits are shifted; no others."""
+    model = tiny_model(**VARIANTS[variant]).double()
+    ids, wanted = random_ids(2, T), torch.zeros(2, T, dtype=torch.bool)
+    wanted[0, 3], wanted[1, [4, 5]] = True, True
+    mask = torch.ones(2, T, dtype=torch.long)
+    mask[0, :3] = 0 if padded else 1  # the wanted column is the first real one
+    widths = []
+    for block in model.model.layers:
+        block.mlp.register_forward_pre_hook(lambda _, x: widths.append(x[0].shape[1]))
+    with torch.no_grad():
+        ours = model(ids, mask, logit_positions=wanted).logits
+        asked, widths[:] = list(widths), []
+        kept = model(ids, mask, logit_positions=wanted, output_hidden_states=True)
+        expected = model(ids, mask).logits[wanted]
+    assert asked == [T, 3 + model.config.shift_logits]
+    assert set(widths) == {T}  # states that are kept are whole
+    close(ours, expected)
+    close(kept.logits, expected)
+    none = model(ids, mask, logit_positions=torch.zeros_like(wanted)).logits
+    assert none.shape == (0, model.config.vocab_size)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("chosen", ["some", "none", "all"])
 def test_logit_positions_select(model, chosen):

@@ -12,6 +12,11 @@ from dlmlib.model.kv_cache import KVCache
 
 MASK = 10
 CACHES = {"prefix": dlm.PrefixCache, "dual": dlm.DualCache}
+RULES = {
+    "one": lambda: None,
+    "threshold": lambda: dlm.Threshold(0.2),
+    "pauses": lambda: dlm.Scheduled(20),  # some steps write nothing in some rows
+}
 
 
 def model_of(seed: int = 0, **options):
@@ -69,11 +74,12 @@ def test_prefix_cache_of_a_block_causal_model_is_exact():
     )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 99),
     cache=st.sampled_from(sorted(CACHES)),
-    rule=st.sampled_from(["even", "threshold"]),
+    rule=st.sampled_from(sorted(RULES)),
+    early=st.booleans(),
     shift=st.booleans(),
     cfg_scale=st.sampled_from([0.0, 0.5]),
     prompts=st.lists(
@@ -82,13 +88,16 @@ def test_prefix_cache_of_a_block_causal_model_is_exact():
         max_size=4,
     ),
 )
-def test_rows_do_not_see_their_neighbours(seed, cache, rule, shift, cfg_scale, prompts):
-    """Ragged rows with masks of their own, which enter blocks at different steps."""
+def test_rows_do_not_see_their_neighbours(
+    seed, cache, rule, early, shift, cfg_scale, prompts
+):
+    """Ragged rows with masks of their own, which enter blocks, pause and end apart."""
     model = model_of(seed, shift_logits=shift)
     prompts = [[5, *prompt] for prompt in prompts]
     options = {"length": 6, "block_length": 3, "cfg_scale": cfg_scale}
-    if rule == "threshold":
-        options["commit"] = dlm.Threshold(0.2)
+    options["commit"] = RULES[rule]()
+    if early:
+        options["stop"] = dlm.EarlyCommit(slice(-2, None), (1.5, 1.0, 0.5), 6)
     together = dlm.decode(model, prompts, reuse=CACHES[cache](), trace=True, **options)
     assert not (together.sequences == MASK).any()
     for row, prompt in enumerate(prompts):

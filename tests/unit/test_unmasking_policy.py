@@ -4,10 +4,11 @@ from itertools import permutations
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import random_ids, tiny_model
 
+import dlmlib as dlm
 from dlmlib.device import generator
-from dlmlib.rl.unmasking_policy import OrderHead, plackett_luce
+from dlmlib.rl.unmasking_policy import Learned, OrderHead, plackett_luce
 
 
 def ranks_of(order, length):
@@ -84,3 +85,55 @@ def test_a_folder_without_a_head_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="order head"):
         OrderHead.from_pretrained(tmp_path, model.config)
+
+
+def policy_and_head():
+    model = tiny_model()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        head = OrderHead(model.config).requires_grad_(False)
+        head.score.weight.normal_()
+    return model, head
+
+
+def test_decoding_asks_the_head_at_every_step():
+    """Every written position is the head's first choice on the canvas before it."""
+    model, head = policy_and_head()
+    prompt = random_ids(3, 4)
+    out = dlm.decode(model, prompt, length=6, propose=Learned(head), trace=True)
+    for step in range(6):
+        canvas = out.trace.canvas(step)
+        with torch.no_grad():
+            states = model(canvas, output_hidden_states=True).hidden_states[-1][:, 4:]
+            masked = canvas[:, 4:] == 12
+            time = torch.full((3,), step / 6)
+            h = head(states, time, masked, torch.ones_like(masked))
+        first = h.masked_fill(~masked, -torch.inf).argmax(1)
+        assert torch.equal(out.trace.written[step, :, 4:].int().argmax(1), first)
+
+
+def test_rows_and_extras_do_not_change_it():
+    model, head = policy_and_head()
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    options = {"length": 6, "propose": Learned(head), "block_length": 3}
+    both = dlm.decode(model, prompts, **options)
+    for row, prompt in enumerate(prompts):
+        alone = dlm.decode(model, [prompt], **options)
+        assert torch.equal(both.sequences[row, -6:], alone.sequences[0, -6:])
+    drafted = dlm.decode(model, prompts, reuse=dlm.Speculate(2), **options)
+    assert torch.equal(drafted.sequences, both.sequences)
+
+
+def test_guidance_and_plain_modules_are_refused():
+    model, head = policy_and_head()
+    with pytest.raises(ValueError, match="states"):
+        dlm.decode(model, [1, 2], length=2, propose=Learned(head), cfg_scale=1.0)
+    plain = model.forward
+    with pytest.raises(ValueError, match="states"):
+        dlm.decode(
+            lambda input_ids: plain(input_ids),
+            torch.tensor([1, 2]),
+            length=2,
+            propose=Learned(head),
+            mask_token_id=12,
+        )
