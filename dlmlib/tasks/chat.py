@@ -1,9 +1,9 @@
 """A chat of two subjects: facts about animals, and a dial that is moved many times.
 
 Rows are laid out as LLaDA's fine-tuning data: a prompt in chat format, an answer that
-ends in <|eot_id|>, and <|endoftext|> up to the length of the row. The dial's answer may
-skip any of its steps, so its length is anybody's guess and its result is the harder to
-know, the more it skips.
+ends in <|eot_id|>, and <|endoftext|> up to the length of the row. The dial's answer
+tells any number of steps before the result, so its length is anybody's guess, and the
+result is the harder to know, the fewer steps it tells.
 """
 
 from dataclasses import dataclass
@@ -51,10 +51,10 @@ class Exchange:
 class Chat:
     """Questions and answers; see the top of the file.
 
-    The dial has five marks, 0 … 4. "Dial at 3: a 4 b 1 …" is answered move by move with
-    the mark reached, "a 4 2 b 1 3 … so 1.", of which each but the last may be left out:
-    how many are told is uniform from none to all, and then every choice is equally
-    likely.
+    The dial has five marks, 0 … 4, and is moved six times. "Dial at 3: a 4 b 1 …" is
+    answered with the marks reached, "a 2 b 3 … so 1.". How many of the five before the
+    last are told is uniform from none to all. A move and its mark are always equally
+    many tokens apart.
 
     Args:
         length: T, positions of a row.
@@ -71,7 +71,7 @@ class Chat:
 
     def __init__(
         self,
-        length: int = 52,
+        length: int = 48,
         dial: float = 0.7,
         still: float | None = None,
         everywhere: float = 0.2,
@@ -85,7 +85,7 @@ class Chat:
     def exchanges(self, n: int, generator: torch.Generator) -> list[Exchange]:
         """Questions with an answer drawn for each."""
         check(n >= 1, "n", n, "an integer >= 1")
-        draws = uniform((n, 4 + 3 * len(LABELS)), generator, "cpu").tolist()
+        draws = uniform((n, 4 + 2 * len(LABELS)), generator, "cpu").tolist()
         return [
             dial_exchange(row[1:], self.marks, self.still)
             if row[0] < self.dial
@@ -138,17 +138,16 @@ def dial_exchange(draws: list[float], marks: int, still: float | None) -> Exchan
     n = len(LABELS)
     start, told, chance = int(draws[0] * marks), int(draws[1] * n), draws[2]
     still = chance if still is None else still
-    far, stays, ranks = draws[3 : 3 + n], draws[3 + n : 3 + 2 * n], draws[3 + 2 * n :]
+    far, stays = draws[3 : 3 + n], draws[3 + n :]
     moves = [
         0 if stay < still else 1 + int(u * (marks - 1))
         for u, stay in zip(far, stays, strict=True)
     ]
-    pairs = list(zip(LABELS, moves, strict=True))
-    question = f"Dial at {start}: " + " ".join(f"{a} {move}" for a, move in pairs)
-    passed = [(start + sum(moves[: i + 1])) % marks for i in range(n)]
-    chosen = sorted(sorted(range(n - 1), key=ranks.__getitem__)[:told])
-    steps = [f"{LABELS[i]} {moves[i]} {passed[i]}" for i in chosen]
-    return Exchange(question, " ".join([*steps, f"so {passed[-1]}."]))
+    marked = [(start + sum(moves[: i + 1])) % marks for i in range(n)]
+    asked = [f"{a} {move}" for a, move in zip(LABELS, moves, strict=True)]
+    steps = [f"{a} {mark}" for a, mark in zip(LABELS[:told], marked, strict=False)]
+    question = f"Dial at {start}: " + " ".join(asked)
+    return Exchange(question, " ".join([*steps, f"so {marked[-1]}."]))
 
 
 def fact_exchange(draws: list[float]) -> Exchange:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dlmlib.device import pick_device
+from dlmlib.device import generator, pick_device
 from dlmlib.diffusion.objective import NELBO, AutoregressiveNLL
 from dlmlib.errors import check
 from dlmlib.model import DiffusionLM, DLMConfig
@@ -305,10 +305,22 @@ def make(
         progress=progress,
         **recipe.training,
     )
-    last = [entry["loss"] for entry in result.history[-100:]]
-    save_weights(path, model, recipe.hash, loss=sum(last) / len(last))
+    save_weights(path, model, recipe.hash, loss=fresh_loss(recipe, task, model))
     shutil.rmtree(unfinished, ignore_errors=True)
     return result
+
+
+@torch.no_grad()
+def fresh_loss(recipe: Recipe, task: Any, model: DiffusionLM) -> float:
+    """Nats per token of the recipe's objective on the same fresh rows every time.
+
+    Stored with the weights: if the task's code changes under them, the number does.
+    """
+    draws, objective = generator(12345), objective_of(recipe, task)
+    noised = objective.corrupt(task.batch(1024, draws), draws)
+    device = next(model.parameters()).device
+    noised = {name: tensor.to(device) for name, tensor in noised.items()}
+    return (objective(model.eval(), noised).sum() / noised["tokens"].sum()).item()
 
 
 def find_checkpoint(recipe: Recipe) -> Path | None:

@@ -82,7 +82,7 @@ def test_one_problem_in_sixteen_is_held_out():
 
 
 @pytest.mark.parametrize("task", [TwoPaths(), Star()], ids=["two paths", "star"])
-@pytest.mark.parametrize("depth", [2, 4, 6, 8])
+@pytest.mark.parametrize("depth", range(2, 9))
 def test_frozen_sets_are_remade_exactly_and_held_out(task, depth, tmp_path):
     problems = task.frozen(depth)
     assert len(problems) == FROZEN_ROWS and problems.depth == depth
@@ -204,6 +204,19 @@ def test_a_random_walk_arrives_with_chance_two_to_the_minus_depth():
     right = (said == problems.path[:, -1] + task.first).double().mean()
     assert abs(right - 1 / 8) < 5 * (1 / 8 * 7 / 8 / 8000) ** 0.5
     assert ((said == task.unknown) | (said == problems.path[:, -1] + task.first)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_a_batch_of_dead_ends_walks_and_searches(rows):
+    task = DeadEnds()
+    batch = task.batch(rows, generator(26))
+    ids, written = batch["input_ids"], batch["maskable"]
+    walks = (ids == task.modes["walk"]).any(1)
+    assert len(ids) == rows and int(walks.sum()) == -(-rows // 4)
+    assert (walks | (ids == task.modes["search"]).any(1)).all()
+    assert not (ids[written] == task.tokenizer.eos_token_id).any()
+    said = task.answers(ids.masked_fill(~written, task.tokenizer.eos_token_id))
+    assert ((said == task.unknown) <= walks).all()
 
 
 def test_an_answer_that_is_missing_counts_as_unknown():
