@@ -76,7 +76,7 @@ def decode(
             left_to_right, right_to_left.
         commit: Even, Scheduled, Threshold, Factor or EntropyBound.
         revise: Remask(…) or None.
-        reuse: PrefixCache(), DualCache(), Speculate(depth), or None for nothing.
+        reuse: PrefixCache(), DualCache(), Speculate(depth, cache), or None for nothing.
         stop: EarlyCommit(…) or None.
         temperature: of the token draw, >= 0; 0 takes the most probable.
         cfg_scale: classifier-free guidance w: u + (w + 1)(c - u), u with the prompt
@@ -185,7 +185,7 @@ def step(
         watched = open_ | stop.watches(canvas)[rows]
     read = policies.propose.reads(canvas, rows)
     seen = watched if read is None else watched | read
-    logits = forward(rows, seen)
+    logits = forward(rows, seen, open_)
     order = None
     if read is not None:
         region = policies.where.region(canvas)[rows]

@@ -15,21 +15,21 @@ from dlmlib.model.lazy_logits import LazyLogits, lazy_logits_at
 
 @dataclass
 class View:
-    """What a forward may see of the canvas.
+    """What a forward may know of the rows.
 
     Fields:
-        ids: tokens [B, T].
         valid: [B, T], False on padding; None if there is none.
         phase: the block each row is in [B].
         pending: whether anything of the row is left to write [B].
+        writable: where this step may write [B, T].
     """
 
-    ids: Int[Tensor, "B T"]
     valid: Bool[Tensor, "B T"] | None
     phase: Int[Tensor, " B"]
     pending: Bool[Tensor, " B"]
+    writable: Bool[Tensor, "B T"]
 
-    def padding(self, rows: Int[Tensor, " b"]) -> Bool[Tensor, "b T"] | None:
+    def padding(self, rows: Int[Tensor, " n"]) -> Bool[Tensor, "n T"] | None:
         """`valid` of some rows."""
         return None if self.valid is None else self.valid[rows]
 
@@ -40,11 +40,23 @@ class Recompute:
     calls = 1  # of the network in the last step
     took = None  # rows that took part in them [b]; None for all
 
+    def fresh(self, view: View, rows: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Rows whose earlier logits are void, since they enter a block: none."""
+        return torch.zeros_like(rows, dtype=torch.bool)
+
     def __call__(
-        self, model, view: View, rows: Int[Tensor, " b"], open_: Bool[Tensor, "b T"]
+        self,
+        model,
+        view: View,
+        rows: Int[Tensor, " n"],
+        ids: Int[Tensor, "n T"],
+        open_: Bool[Tensor, "n T"],
     ) -> LazyLogits:
-        """Logits of the open positions of the active rows, in row-major order."""
-        return lazy_logits_at(model, view.ids[rows], open_, view.padding(rows))
+        """Logits of the open positions of some canvases, in row-major order.
+
+        `rows`, in rising order, says whose canvases they are; a row may have several.
+        """
+        return lazy_logits_at(model, ids, open_, view.padding(rows))
 
 
 class Reuse:
@@ -105,6 +117,15 @@ class Group:
         cache = self.cache.rows(keep.nonzero()[:, 0])
         return Group(self.rows[keep], self.start, self.stop, cache)
 
+    def kept(self, rows: Int[Tensor, " n"]) -> KVCache:
+        """The cache for canvases of these rows; a copy unless they are all, once each.
+
+        A forward overwrites all columns of the group, so it leaves nothing behind.
+        """
+        if torch.equal(rows, self.rows):
+            return self.cache
+        return self.cache.rows(torch.searchsorted(self.rows, rows))
+
 
 class BlockCache:
     """The keys and values of one run, refreshed whenever a row enters a block.
@@ -121,30 +142,39 @@ class BlockCache:
         self.seen: Tensor | None = None  # [B], the phase each row was refreshed in
         self.calls = 0
 
-    def __call__(self, model, view: View, rows, open_) -> LazyLogits:
-        """As `Recompute`, over cached keys and values where there are any."""
+    def fresh(self, view: View, rows) -> Bool[Tensor, " n"]:
+        """Rows that are in another block than when they were last refreshed."""
         if self.seen is None:
             self.seen = torch.full_like(view.phase, -1)
-        fresh = self.seen[rows] != view.phase[rows]
+        return self.seen[rows] != view.phase[rows]
+
+    def __call__(self, model, view: View, rows, ids, open_) -> LazyLogits:
+        """As `Recompute`, over cached keys and values where there are any.
+
+        A row that enters a block comes with its true canvas alone: that one is kept.
+        """
+        fresh = self.fresh(view, rows)
         self.drop(~view.pending.index_fill(0, rows[fresh], False))
         parts, owners = [], []
         for group in self.groups:
             here = torch.isin(rows, group.rows)
             if here.any():  # the other rows of the group may only pause
-                active = group.only(torch.isin(group.rows, rows))
-                parts.append(self.inside(model, view, active, open_[here]))
+                asked = rows[here], ids[here], open_[here]
+                parts.append(self.inside(model, view, group, *asked))
                 owners.append(here)
         if fresh.any():
-            parts.append(self.refresh(model, view, rows[fresh], open_[fresh]))
+            parts.append(
+                self.refresh(model, view, rows[fresh], ids[fresh], open_[fresh])
+            )
             owners.append(fresh)
         self.calls = len(parts)
         return in_row_order(parts, owners, open_)
 
-    def refresh(self, model, view, rows, open_) -> LazyLogits:
+    def refresh(self, model, view, rows, ids, open_) -> LazyLogits:
         """Compute everything for rows that entered a block, and keep it."""
         length = open_.shape[1]
         cache, valid = KVCache(length), view.padding(rows)
-        logits = lazy_logits_at(model, view.ids[rows], open_, valid, cache=cache)
+        logits = lazy_logits_at(model, ids, open_, valid, cache=cache)
         self.seen[rows] = view.phase[rows]
         first = open_.int().argmax(1)
         stop = length - open_.flip(1).int().argmax(1)
@@ -166,14 +196,14 @@ class BlockCache:
         keeps = [(group, ~gone[group.rows]) for group in self.groups]
         self.groups = [group.only(keep) for group, keep in keeps if keep.any()]
 
-    def inside(self, model, view, group, open_) -> LazyLogits:
+    def inside(self, model, view, group, rows, ids, open_) -> LazyLogits:
         """Compute the group's columns only."""
-        columns, valid = slice(group.start, group.stop), view.padding(group.rows)
-        options = {"cache": group.cache, "start": group.start}
+        columns, valid = slice(group.start, group.stop), view.padding(rows)
+        options = {"cache": group.kept(rows), "start": group.start}
         if valid is not None:
             options["position_ids"] = positions_of(valid)[:, columns]
-        ids, wanted = view.ids[group.rows, columns], open_[:, columns]
-        return lazy_logits_at(model, ids, wanted, valid, **options)
+        wanted = open_[:, columns]
+        return lazy_logits_at(model, ids[:, columns], wanted, valid, **options)
 
 
 def in_row_order(parts: list[LazyLogits], owners, open_) -> LazyLogits:
@@ -213,24 +243,31 @@ class Forward:
         return self.memory.took.view(self.each, -1).sum(0)
 
     def __call__(
-        self, rows: Int[Tensor, " b"], open_: Bool[Tensor, "b T"]
+        self,
+        rows: Int[Tensor, " b"],
+        open_: Bool[Tensor, "b T"],
+        writable: Bool[Tensor, "b T"] | None = None,
     ) -> LazyLogits:
-        """Logits of the open positions of the active rows."""
-        canvas, valid = self.canvas, self.valid
-        pending = canvas.masked.any(1)
-        view = View(canvas.ids, valid, canvas.phase, pending)
+        """Logits of the open positions of the active rows.
+
+        `writable` are those that this step may write, if others are only looked at.
+        """
+        canvas, valid, ids = self.canvas, self.valid, self.canvas.ids[rows]
+        pending, may = canvas.masked.any(1), torch.zeros_like(canvas.fixed)
+        may[rows] = open_ if writable is None else writable
         if not self.cfg_scale:
-            return self.memory(self.model, view, rows, open_)
-        given = canvas.fixed & canvas.valid
-        blind = canvas.ids.masked_fill(given, canvas.mask_token_id)
+            view = View(valid, canvas.phase, pending, may)
+            return self.memory(self.model, view, rows, ids, open_)
         both = View(
-            torch.cat([canvas.ids, blind]),
             None if valid is None else torch.cat([valid, valid]),
             torch.cat([canvas.phase, canvas.phase]),
             torch.cat([pending, pending]),
+            torch.cat([may, may]),
         )
+        given = (canvas.fixed & canvas.valid)[rows]
         twice = torch.cat([rows, rows + len(canvas.ids)])
-        logits = self.memory(self.model, both, twice, torch.cat([open_, open_]))
+        ids = torch.cat([ids, ids.masked_fill(given, canvas.mask_token_id)])
+        logits = self.memory(self.model, both, twice, ids, torch.cat([open_, open_]))
         return logits.paired(self.guided)
 
     def guided(

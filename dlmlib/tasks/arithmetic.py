@@ -41,7 +41,7 @@ class Arithmetic:
         fewest: the fewest; their number is uniform in fewest … N. None means N.
         operators: "+*", or "+" for plain sums, which are learned faster.
         neutral: probability that an operation changes nothing; None draws it per
-            problem from U(0, 1), without which long chains are not learned.
+            problem from U(0, 1), which makes all depths about equally common.
         spare: columns of a sentence beyond the shortest that fits N totals.
         modulus: m, a prime.
     Attributes:

@@ -126,6 +126,20 @@ RECIPES = {
             training=dict(steps=8000, lr=6e-3, warmup=100, ema=0.999),
         ),
         Recipe(
+            name="chat",
+            description="masked diffusion on a little chat, in LLaDA's format",
+            task="dlmlib.tasks.chat:Chat",
+            model=dict(
+                hidden_size=64,
+                num_hidden_layers=2,
+                intermediate_size=192,
+                initializer_range=0.1,
+            ),
+            objective=dict(times="l_of_L"),
+            batch_size=64,
+            training=dict(steps=2600, lr=5e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
             name="connectivity",
             description="masked diffusion on two-path graphs, with a scratchpad",
             task="dlmlib.tasks.connectivity:TwoPaths",

@@ -81,6 +81,17 @@ def test_running_sums_by_hand(streams, stride):
     assert task.grade(wrong).sum(1).tolist() == [7] * 50
 
 
+def test_training_batches_are_skewed_and_solved():
+    """A share of zeros that is uniform on (0, 1), on top of the uniform digits."""
+    task = RunningSums(8, 5, stride=3)
+    batch = task.batch(4000, gen(3))
+    ids, answer = batch["input_ids"], torch.arange(17) > 8
+    assert task.grade(ids).all() and (batch["maskable"] == answer).all()
+    zeros = (ids[:, 1:9] == task.first).double()
+    assert abs(zeros.mean().item() - (0.5 + 0.5 / 5)) < 0.02
+    assert zeros.mean(1).var().item() > 2 * 0.6 * 0.4 / 8  # shares differ by problem
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [

@@ -260,7 +260,8 @@ def test_the_recipes_can_be_built():
         assert name == recipe.name and recipe.description
         task, model = build(recipe)
         ids = task.batch(2, generator(0))["input_ids"]
-        assert ids.shape == (2, task.length)
+        rows, width = ids.shape
+        assert rows == 2 and width <= task.length
         logits = model(ids).logits
-        assert logits.shape == (2, task.length, len(task.tokenizer))
+        assert logits.shape == (2, width, len(task.tokenizer))
         assert 5e4 < model.num_parameters() < 1e6

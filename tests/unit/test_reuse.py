@@ -80,6 +80,7 @@ def test_prefix_cache_of_a_block_causal_model_is_exact():
     cache=st.sampled_from(sorted(CACHES)),
     rule=st.sampled_from(sorted(RULES)),
     early=st.booleans(),
+    depth=st.sampled_from([0, 0, 2]),
     shift=st.booleans(),
     cfg_scale=st.sampled_from([0.0, 0.5]),
     prompts=st.lists(
@@ -89,19 +90,25 @@ def test_prefix_cache_of_a_block_causal_model_is_exact():
     ),
 )
 def test_rows_do_not_see_their_neighbours(
-    seed, cache, rule, early, shift, cfg_scale, prompts
+    seed, cache, rule, early, depth, shift, cfg_scale, prompts
 ):
-    """Ragged rows with masks of their own, which enter blocks, pause and end apart."""
+    """Ragged rows with masks of their own, which enter blocks, pause and end apart.
+
+    With a depth, drafts are computed over the cache.
+    """
     model = model_of(seed, shift_logits=shift)
     prompts = [[5, *prompt] for prompt in prompts]
     options = {"length": 6, "block_length": 3, "cfg_scale": cfg_scale}
     options["commit"] = RULES[rule]()
     if early:
         options["stop"] = dlm.EarlyCommit(slice(-2, None), (1.5, 1.0, 0.5), 6)
-    together = dlm.decode(model, prompts, reuse=CACHES[cache](), trace=True, **options)
+    options["reuse"] = CACHES[cache]()
+    if depth:
+        options["reuse"] = dlm.Speculate(depth, options["reuse"])
+    together = dlm.decode(model, prompts, trace=True, **options)
     assert not (together.sequences == MASK).any()
     for row, prompt in enumerate(prompts):
-        alone = dlm.decode(model, [prompt], reuse=CACHES[cache](), **options)
+        alone = dlm.decode(model, [prompt], **options)
         width = alone.sequences.shape[1]
         assert torch.equal(together.sequences[row, -width:], alone.sequences[0])
         assert together.tokens_per_forward[row] == alone.tokens_per_forward[0]

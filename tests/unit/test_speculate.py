@@ -5,9 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
+from torch import nn
 from toys import Votes
+from transformers.utils import ModelOutput
 
 import dlmlib as dlm
+from dlmlib.decoding.reuse import View
+from dlmlib.model import DLMConfig
 from dlmlib.tasks.toy import Joint
 
 MASK = 10
@@ -18,9 +22,10 @@ RULES = {
     "threshold": lambda: dlm.Threshold(0.4),
     "entropy": lambda: dlm.EntropyBound(0.5),
 }
+CACHES = [None, dlm.PrefixCache, dlm.DualCache]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 99),
     depth=st.integers(1, 5),
@@ -30,6 +35,9 @@ RULES = {
     temperature=st.sampled_from([0.0, 0.5]),
     cfg_scale=st.sampled_from([0.0, 0.7]),
     revise=st.booleans(),
+    cache=st.sampled_from(CACHES),
+    early=st.booleans(),
+    shift=st.booleans(),
     prompts=st.lists(
         st.lists(st.sampled_from([1, 2, 3, MASK]), min_size=1, max_size=4),
         min_size=1,
@@ -37,13 +45,29 @@ RULES = {
     ),
 )
 def test_the_answer_is_that_without_drafts(
-    seed, depth, order, rule, block, temperature, cfg_scale, revise, prompts
+    seed,
+    depth,
+    order,
+    rule,
+    block,
+    temperature,
+    cfg_scale,
+    revise,
+    cache,
+    early,
+    shift,
+    prompts,
 ):
-    """Random models and prompts, every policy: equal tokens and traces, in float64."""
-    model = tiny_model(seed, mask_token_id=MASK).double()
-    prompts = [[4, *prompt] for prompt in prompts]
+    """Random models and prompts, every policy: equal tokens and traces, in float64.
 
-    def run(**more):
+    With a cache, the answer is the one of that cache, which is not the exact one.
+    """
+    model = tiny_model(seed, mask_token_id=MASK, shift_logits=shift).double()
+    prompts = [[4, *prompt] for prompt in prompts]
+    stop = dlm.EarlyCommit(slice(-3, None), (4.0, 3.0, 2.0), steps=6)
+    kept = None if cache is None else cache()
+
+    def run(reuse):
         return dlm.decode(
             model,
             prompts,
@@ -52,14 +76,15 @@ def test_the_answer_is_that_without_drafts(
             propose=order,
             commit=RULES[rule](),
             revise=dlm.Remask("cap", 0.5, steps=6) if revise else None,
+            reuse=reuse,
+            stop=stop if early else None,
             temperature=temperature,
             cfg_scale=cfg_scale,
             generator=dlm.generator(seed),
             trace=True,
-            **more,
         )
 
-    plain, ahead = run(), run(reuse=dlm.Speculate(depth))
+    plain, ahead = run(kept), run(dlm.Speculate(depth, kept))
     assert torch.equal(plain.sequences, ahead.sequences)
     assert torch.equal(plain.trace.written, ahead.trace.written)
     assert torch.allclose(
@@ -103,6 +128,101 @@ def test_a_forward_is_as_wide_as_its_drafts():
     model.register_forward_pre_hook(lambda _, given: widths.append(len(given[0])))
     dlm.decode(model, [[1, 2]] * 2, length=6, reuse=dlm.Speculate(3))
     assert widths[0] == 2 and widths[1] == 2 * 4
+
+
+class Certain(nn.Module):
+    """Sure of one sentence, through keys and values that can be kept: c at column c.
+
+    `shapes` are those of its forwards.
+    """
+
+    config = DLMConfig(vocab_size=32, mask_token_id=31)
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def forward(self, input_ids, cache=None, start=0):
+        self.shapes.append(tuple(input_ids.shape))
+        key = input_ids[:, None, :, None].double()
+        if cache is not None:
+            cache.update(0, key, key, start)
+        columns = start + torch.arange(input_ids.shape[1])
+        logits = 50.0 * nn.functional.one_hot(columns, 32).double()
+        return ModelOutput(logits=logits.expand(len(input_ids), -1, -1))
+
+
+def certain_run(**options):
+    """The output for two blocks of four behind a prompt of three, and the shapes."""
+    model = Certain()
+    out = dlm.decode(model, [[0, 1, 2]], length=8, block_length=4, **options)
+    assert out.sequences.tolist() == [list(range(11))]
+    return out, model.shapes
+
+
+@pytest.mark.parametrize(("cache", "inner"), [(dlm.PrefixCache, 8), (dlm.DualCache, 4)])
+def test_drafts_share_a_block_cache(cache, inner):
+    """A block is refreshed alone, then its open canvases are rows of one forward.
+
+    The first step leaves three masks: three canvases have something to write, and the
+    one of the full block is not computed.
+    """
+    _, plain = certain_run(reuse=cache())
+    one = [(1, 11)] + 3 * [(1, inner)]
+    assert plain == one + [(1, 11)] + 3 * [(1, 4)]
+    out, shapes = certain_run(reuse=dlm.Speculate(5, cache()))
+    assert shapes == [(1, 11), (3, inner), (1, 11), (3, 4)]
+    assert out.forwards == 4
+    out, shapes = certain_run(reuse=dlm.Speculate(1, cache()))
+    assert shapes[:3] == [(1, 11), (2, inner), (1, inner)] and out.forwards == 6
+
+
+def test_watched_columns_are_not_drafted():
+    """Drafts write only what the step may write, so early commitment costs none."""
+    ahead = {"reuse": dlm.Speculate(3, dlm.DualCache())}
+    watch = dlm.EarlyCommit(slice(None), (1e9, 1e9, 1e9), steps=8)
+    assert certain_run(**ahead, stop=watch)[0].forwards == 4
+    assert certain_run(**ahead)[0].forwards == 4
+
+
+def test_what_was_drafted_in_another_block_is_void():
+    """The canvas of a draft comes back in the next block: it is refreshed all the same.
+
+    Without a cache nothing of a draft is stale, and it stays good.
+    """
+    mask = Certain.config.mask_token_id
+    start = torch.tensor([[0, mask, mask, mask]])
+    second = torch.tensor([[0, 1, mask, mask]])
+    third = torch.tensor([[0, 1, 2, mask]])
+    calls = {}
+    for name, cache in {"none": None, "dual": dlm.DualCache()}.items():
+        model, calls[name] = Certain(), []
+        drafts = dlm.Speculate(3, cache).begin(model)
+        for ids, phase in ((start, 0), (second, 0), (third, 0), (third, 1)):
+            open_ = ids == mask
+            view = View(None, torch.tensor([phase]), torch.tensor([True]), open_)
+            drafts(model, view, torch.tensor([0]), ids, open_)
+            calls[name].append(drafts.calls)
+    assert calls == {"none": [1, 1, 0, 0], "dual": [1, 1, 0, 1]}
+    assert model.shapes == [(1, 4), (2, 3), (1, 4)]
+
+
+def test_fewer_forwards_than_with_the_cache_alone():
+    """Random networks, rows in different blocks, guidance: less is paid in the sum."""
+    forwards = []
+    for seed in range(4):
+        model = tiny_model(seed, mask_token_id=MASK).double()
+        options = {"length": 9, "block_length": 3, "cfg_scale": 0.5}
+        for reuse in (dlm.DualCache(), dlm.Speculate(4, dlm.DualCache())):
+            out = dlm.decode(model, [[1, 2, 3, MASK], [4]], reuse=reuse, **options)
+            forwards.append(out.forwards)
+    assert sum(forwards[1::2]) < sum(forwards[::2])
+
+
+@pytest.mark.parametrize("cache", [dlm.DualCache, "dual", dlm.Speculate(2)])
+def test_another_cache_is_refused(cache):
+    with pytest.raises(ValueError, match=r"cache=.*: expected PrefixCache\(\), DualC"):
+        dlm.Speculate(2, cache)
 
 
 @pytest.mark.parametrize("depth", [0, -1, 1.5])
