@@ -25,6 +25,7 @@ from dlmlib.decoding import (
     RightToLeft,
     Scheduled,
     Speculate,
+    Streams,
     Threshold,
     Trace,
     decode,
@@ -46,8 +47,15 @@ from dlmlib.diffusion import (
     posterior,
     unmask_tokens,
 )
+from dlmlib.diffusion.reweighting import CART
+from dlmlib.measure.arness import arness, local_arness
+from dlmlib.measure.parallelism import aup
+from dlmlib.measure.sequential_dependence import sequential_dependence
+from dlmlib.measure.votes import any_of_k, majority
 from dlmlib.memory import back_off, memory_plan
 from dlmlib.model import DiffusionLM, DLMConfig, KVCache
+from dlmlib.model.adapt import to_diffusion
+from dlmlib.rl.unmasking_policy import Learned
 from dlmlib.text import word_tokenizer
 from dlmlib.training.batches import batches_from, fresh_batches
 from dlmlib.training.fit import fit
@@ -56,6 +64,7 @@ from dlmlib.training.recipes import RECIPES, load
 __version__ = "0.1.0"
 
 __all__ = [
+    "CART",
     "NELBO",
     "RECIPES",
     "AutoregressiveNLL",
@@ -71,6 +80,7 @@ __all__ = [
     "Everywhere",
     "Factor",
     "KVCache",
+    "Learned",
     "LeftToRight",
     "Margin",
     "NegEntropy",
@@ -80,9 +90,13 @@ __all__ = [
     "RightToLeft",
     "Scheduled",
     "Speculate",
+    "Streams",
     "Threshold",
     "Timer",
     "Trace",
+    "any_of_k",
+    "arness",
+    "aup",
     "back_off",
     "batches_from",
     "current_scale",
@@ -92,15 +106,19 @@ __all__ = [
     "fresh_batches",
     "generator",
     "load",
+    "local_arness",
     "log_likelihood",
+    "majority",
     "mask_tokens",
     "memory_plan",
     "named_schedule",
     "posterior",
     "presets",
     "scale",
+    "sequential_dependence",
     "setup",
     "tasks",
+    "to_diffusion",
     "unmask_tokens",
     "word_tokenizer",
 ]

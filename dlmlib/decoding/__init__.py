@@ -15,7 +15,7 @@ from dlmlib.decoding.revise import Remask
 from dlmlib.decoding.speculate import Speculate
 from dlmlib.decoding.stop import EarlyCommit
 from dlmlib.decoding.trace import Trace
-from dlmlib.decoding.where import Blocks, Everywhere
+from dlmlib.decoding.where import Blocks, Everywhere, Streams
 
 __all__ = [
     "Blocks",
@@ -36,6 +36,7 @@ __all__ = [
     "RightToLeft",
     "Scheduled",
     "Speculate",
+    "Streams",
     "Threshold",
     "Trace",
     "decode",

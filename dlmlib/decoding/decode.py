@@ -71,7 +71,7 @@ def decode(
         length: positions to append.
         steps: shorthand for commit=Even(steps); without it, one token a step.
         block_length: shorthand for where=Blocks(block_length).
-        where: Everywhere() (default) or Blocks(length).
+        where: Everywhere() (default), Blocks(length) or Streams(ranges, summary).
         propose: order policy or its name: confidence, margin, entropy, random,
             left_to_right, right_to_left.
         commit: Even, Scheduled, Threshold, Factor or EntropyBound.

@@ -101,6 +101,24 @@ class DualCache(PrefixCache):
     whole_suffix = False
 
 
+class Borrowed(KVCache):
+    """Rows of a cache, in any number, for one forward, which writes nothing back.
+
+    Copies are made layer by layer: of a large model, all at once would be gigabytes.
+    """
+
+    def __init__(self, cache: KVCache, index: Int[Tensor, " n"]):
+        super().__init__(cache.length)
+        self.cache, self.index = cache, index
+
+    def update(self, layer, key, value, start):
+        columns = slice(start, start + key.shape[2])
+        keys = self.cache.keys[layer][self.index]
+        values = self.cache.values[layer][self.index]
+        keys[:, :, columns], values[:, :, columns] = key, value
+        return keys, values
+
+
 @dataclass
 class Group:
     """Rows that decode the same columns [start, stop) over one cache."""
@@ -118,13 +136,13 @@ class Group:
         return Group(self.rows[keep], self.start, self.stop, cache)
 
     def kept(self, rows: Int[Tensor, " n"]) -> KVCache:
-        """The cache for canvases of these rows; a copy unless they are all, once each.
+        """The cache as canvases of these rows see it.
 
-        A forward overwrites all columns of the group, so it leaves nothing behind.
+        A forward overwrites all columns of the group, so it may leave them behind.
         """
         if torch.equal(rows, self.rows):
             return self.cache
-        return self.cache.rows(torch.searchsorted(self.rows, rows))
+        return Borrowed(self.cache, torch.searchsorted(self.rows, rows))
 
 
 class BlockCache:

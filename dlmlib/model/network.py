@@ -304,10 +304,10 @@ class DiffusionLM(PreTrainedModel):
         )
         rope = rope_angles(position_ids, config.head_dim, config.rope_theta)
         states = []
-        for block in body.layers:
+        for depth, block in enumerate(body.layers, start=1):
             if keep:
                 states.append(x)
-            last = block is body.layers[-1]
+            last = depth == len(body.layers)  # looped, a block may stand twice
             x = block(x, rope, mask, cache, start, asked if last else slice(None))
         x = body.norm(x)
         return x, (*states, x) if keep else None

@@ -1,4 +1,4 @@
-"""Synthetic tasks: sample, render and grade."""
+"""Synthetic tasks: sample, render and grade. Each file is imported by its name."""
 
 from dlmlib.tasks import grammar, toy
 
