@@ -19,6 +19,8 @@ from typing import TypeVar
 import numpy as np
 import psutil
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 from dlmlib.errors import check
@@ -361,3 +363,30 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def output_layer(head: nn.Module, x: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+    """head(x), on a CPU in the form that is fastest for few rows.
+
+    With few rows and a large vocabulary the product is bound by reading the weights,
+    and torch's x W^T reads them badly: as W x^T, eight rows at a time, it takes 40 to
+    60 % less time up to 16 rows (two cores, width 512, vocabulary 126464).
+
+    Args:
+        head: the output layer; anything but a large plain matrix on a CPU is called.
+        x: final states.
+    Introduced in notebook 08.
+    """
+    plain = (
+        type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
+    )
+    few = x.dim() == 2 and 1 < len(x) <= 24 and not torch.is_grad_enabled()
+    if not (plain and few and head.weight.device.type == "cpu"):
+        return head(x)
+    if head.weight.numel() < 2**22:
+        return head(x)
+    logits = x.new_empty(len(x), len(head.weight))
+    for start in range(0, len(x), 8):
+        rows = slice(start, start + 8)
+        logits[rows] = (head.weight @ x[rows].T).T
+    return logits

@@ -6,11 +6,13 @@ decoder keeps one token and one number of each.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dlmlib.device import output_layer
 from dlmlib.model.call import accepts, logits_at, padding_options, unwrapped
 
 CHUNK = 2**22  # logits worked on at once: 16 MiB in float32
@@ -95,4 +97,5 @@ def lazy_logits_at(
     options = {**padding_options(model, attention_mask), **options}
     options |= {"logit_positions": positions, "states_only": True}
     states = model(input_ids, **options).states
-    return LazyLogits(states, head, unwrapped(model).config.vocab_size)
+    width = unwrapped(model).config.vocab_size
+    return LazyLogits(states, partial(output_layer, head), width)

@@ -90,7 +90,7 @@ class Permutations:
     """
 
     def __init__(
-        self, n: int = 24, format: str = "chain", lines: int = 6, reorder: bool = False
+        self, n: int = 24, format: str = "chain", lines: int = 4, reorder: bool = False
     ):
         check(isinstance(n, int) and n >= 2, "n", n, "an integer >= 2")
         check(format in FORMATS, "format", format, f"one of {FORMATS}")

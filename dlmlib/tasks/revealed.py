@@ -145,11 +145,13 @@ class Chat(Sums):
     """The layout of the autoregressive model: turns of conditions and answers.
 
     `[BOS] c1 2 c5 0 : d1 … d6 c3 1 : d1 … d6 …`. Half of the training rows say
-    everything at once; the other half are, by `data`,
+    everything at once, full or concatenated; the other half are, by `data`,
 
         single     the same again
         hindsight  chats whose every answer is already the last one
         honest     chats whose every answer is drawn from what is known by then
+
+    A batch's chats are all sharded, recap or snowball, in equal shares over batches.
 
     Introduced in notebook 16.
     """
@@ -177,10 +179,14 @@ class Chat(Sums):
     def batch(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Training rows; maskable on the answers, [PAD] behind the shorter ones."""
         whole = n if self.data == "single" else n - n // 2
-        parts = [self.conversation(whole, self.shuffled(generator), generator)]
+        parts = [
+            self.conversation(whole, self.some(PROTOCOLS[:2], generator), generator)
+        ]
         if n > whole:
-            parts.append(self.conversation(n - whole, self.shards, generator))
-        ids = torch.full((n, self.length), self.tokenizer.pad_token_id)
+            turns = self.some(PROTOCOLS[2:], generator)
+            parts.append(self.conversation(n - whole, turns, generator))
+        width = max(tokens.shape[1] for tokens, _ in parts)
+        ids = torch.full((n, width), self.tokenizer.pad_token_id)
         maskable = torch.zeros_like(ids, dtype=torch.bool)
         row = 0
         for tokens, answers in parts:
@@ -189,9 +195,10 @@ class Chat(Sums):
             row += len(tokens)
         return {"input_ids": ids, "maskable": maskable}
 
-    def shuffled(self, generator) -> list[tuple[int, ...]]:
-        """All conditions in one turn, in random order."""
-        return [tuple(torch.randperm(self.digits - 1, generator=generator).tolist())]
+    def some(self, protocols, generator) -> list[tuple[int, ...]]:
+        """The turns of one of the protocols, drawn uniformly."""
+        chosen = torch.randint(len(protocols), (), generator=generator)
+        return turns_of(protocols[int(chosen)], self.shards)
 
     def conversation(self, n: int, turns, generator):
         """(tokens [n, T'], which are answers): conversations as the data has them."""

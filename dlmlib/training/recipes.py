@@ -68,15 +68,6 @@ PATHS = dict(  # of the graph tasks; the shift is Dream's: a node's own column l
     shift_logits=True,
 )
 
-CUPS = dict(  # positions are at most 57: fast rotations tell neighbours apart
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=192,
-    rope_theta=100.0,
-    initializer_range=0.1,
-)
-
 SUMS = dict(  # a low base: who stands next to whom is all that matters
     hidden_size=64,
     num_hidden_layers=2,
@@ -107,6 +98,31 @@ CHAINS = dict(  # of the arithmetic tasks
     intermediate_size=192,
     initializer_range=0.1,
 )
+
+REVEALED = dict(
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=128,
+    rope_theta=100.0,
+    initializer_range=0.1,
+)
+
+
+def revealed(name: str, description: str, steps: int, data: str | None = None):
+    """A recipe on problems told in parts; `data` makes it the autoregressive twin's."""
+    twin = dict(attention="causal", shift_logits=True) if data else {}
+    return Recipe(
+        name=name,
+        description=description,
+        task=f"dlmlib.tasks.revealed:{'Chat' if data else 'Slots'}",
+        task_arguments=dict(data=data) if data else {},
+        model=REVEALED | twin,
+        objective=None if data else dict(times="l_of_L"),
+        batch_size=64,
+        training=dict(steps=steps, lr=4e-3, warmup=100, ema=0.99),
+    )
+
 
 RECIPES = {
     recipe.name: recipe
@@ -201,27 +217,7 @@ RECIPES = {
             model=CHAINS,
             objective=dict(times="l_of_L"),
             batch_size=64,
-            training=dict(steps=1500, lr=4e-3, warmup=100),
-        ),
-        Recipe(
-            name="cups_chain",
-            description="masked diffusion on products of 24 shuffles, as one chain",
-            task="dlmlib.tasks.permutations:Permutations",
-            task_arguments=dict(format="chain"),
-            model=CUPS,
-            objective=dict(times="l_of_L"),
-            batch_size=64,
-            training=dict(steps=1800, lr=4e-3, warmup=100),
-        ),
-        Recipe(
-            name="cups_streams",
-            description="masked diffusion on products of 24 shuffles, as four streams",
-            task="dlmlib.tasks.permutations:Permutations",
-            task_arguments=dict(format="streams"),
-            model=CUPS,
-            objective=dict(times="l_of_L"),
-            batch_size=64,
-            training=dict(steps=1800, lr=4e-3, warmup=100),
+            training=dict(steps=3000, lr=4e-3, warmup=100),
         ),
         sums("sums", "masked diffusion on running sums: one chain of 8"),
         sums("sums_shuffled", "the same sums, shuffled columns", steps=1600, stride=5),
@@ -229,6 +225,20 @@ RECIPES = {
         sums("sums_separate", "masked diffusion on 8 separate terms", streams=8),
         sums("sums_ar", "the autoregressive twin of sums", ar=True),
         sums("sums_streams_ar", "the twin of sums_streams", ar=True, streams=4),
+        revealed("revealed", "masked diffusion on problems told in parts", 1600),
+        revealed("revealed_single", "its twin: all told at once", 500, "single"),
+        revealed(
+            "revealed_hindsight",
+            "the twin on chats whose every answer is the last one",
+            800,
+            "hindsight",
+        ),
+        revealed(
+            "revealed_honest",
+            "the twin on chats whose answers say what was known",
+            800,
+            "honest",
+        ),
     ]
 }
 

@@ -251,3 +251,33 @@ def test_gpu_timer_waits_for_the_kernels():
             _ = wide @ wide
         stop.record()
     assert timer.seconds >= 0.95 * start.elapsed_time(stop) / 1000
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 24, 25])
+@pytest.mark.parametrize("width", [4, 512])
+def test_output_layer_is_the_layer(rows, width):
+    """Small layers are called as they are, a large one row group by row group."""
+    head = torch.nn.Linear(width, 2**14, bias=False)
+    x = torch.randn(rows, width, generator=dev.generator(0))
+    with torch.no_grad():
+        found = dev.output_layer(head, x)
+        torch.testing.assert_close(found, head(x), rtol=1e-5, atol=1e-5)
+        both = dev.output_layer(head, x[:, None].expand(-1, 2, -1))
+    assert both.shape == (rows, 2, 2**14)
+    assert found.is_contiguous()
+
+
+def test_output_layer_calls_what_is_not_a_plain_matrix():
+    calls = []
+
+    class Counted(torch.nn.Linear):
+        def forward(self, x):
+            calls.append(len(x))
+            return super().forward(x)
+
+    with torch.no_grad():
+        dev.output_layer(Counted(512, 2**14, bias=False), torch.ones(4, 512))
+    assert calls == [4]
+    head, x = torch.nn.Linear(512, 2**14, bias=False), torch.ones(4, 512)
+    dev.output_layer(head, x).sum().backward()
+    assert head.weight.grad is not None

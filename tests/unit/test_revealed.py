@@ -67,17 +67,25 @@ def test_slots_show_exactly_what_is_known():
 
 
 @pytest.mark.parametrize("data", ["single", "hindsight", "honest"])
+def test_batches_hold_the_conversations_of_their_data(data):
+    task, draws, widths = Chat(data), generator(0), set()
+    for _ in range(30):
+        batch = task.batch(20, draws)
+        ids, answers = batch["input_ids"], batch["maskable"].sum(1)
+        whole = ids[answers == 6]
+        assert len(whole) == (20 if data == "single" else 10)
+        assert (whole[:, 18:] == task.tokenizer.pad_token_id).all()
+        assert not (whole[:, :18] == task.tokenizer.pad_token_id).any()
+        widths.add(ids.shape[1])
+    chats = {task.columns(turns_of(p)) for p in PROTOCOLS[2:]}
+    assert widths == ({18} if data == "single" else chats)
+
+
+@pytest.mark.parametrize("data", ["hindsight", "honest"])
 def test_chats_answer_as_their_data_say(data):
     task = Chat(data)
-    batch = task.batch(2000, generator(0))
-    ids, maskable = batch["input_ids"], batch["maskable"]
-    chats = ids[maskable.sum(1) == 18] if data != "single" else ids[:0]
-    assert len(chats) == (0 if data == "single" else 1000)
-    whole = ids[maskable.sum(1) == 6]
-    assert (whole[:, 18:] == task.tokenizer.pad_token_id).all()
-    assert not (whole[:, :18] == task.tokenizer.pad_token_id).any()
-    if data == "single":
-        return
+    chats, scored = task.conversation(1000, SHARDS, generator(0))
+    assert scored.sum() == 18_000
     sums = torch.stack([chats[:, c] for c in (2, 22, 13, 24, 4)], 1) - task.zero
     first, second, last = chats[:, 6:12], chats[:, 15:21], chats[:, 26:32]
     assert task.grade(last, sums).all()
