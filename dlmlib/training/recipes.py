@@ -226,17 +226,17 @@ RECIPES = {
         sums("sums_ar", "the autoregressive twin of sums", ar=True),
         sums("sums_streams_ar", "the twin of sums_streams", ar=True, streams=4),
         revealed("revealed", "masked diffusion on problems told in parts", 1600),
-        revealed("revealed_single", "its twin: all told at once", 500, "single"),
+        revealed("revealed_single", "its twin: all told at once", 400, "single"),
         revealed(
             "revealed_hindsight",
             "the twin on chats whose every answer is the last one",
-            800,
+            700,
             "hindsight",
         ),
         revealed(
             "revealed_honest",
             "the twin on chats whose answers say what was known",
-            800,
+            700,
             "honest",
         ),
     ]
