@@ -121,7 +121,7 @@ class DeadEnds(TwoPaths):
         return torch.cat([self.head(problems), how, start], 1)
 
     def batch(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """A training batch: a quarter of its rows walk; to search is harder to learn."""
+        """A training batch; a quarter of its rows walk, since searching is harder."""
         problems = self.sample(n, generator)
         turns, quarter = self.turns(problems, generator), -(-n // 4)
         walk, search = slice(0, quarter), slice(quarter, n)

@@ -391,9 +391,11 @@ def test_a_refusal_says_what_would_fit():
     first, *ways = str(caught.value).splitlines()
     assert "32.06 GB" in first and "9.00 GB free on cpu" in first
     assert ["(fits)" in way for way in ways] == [False, True, True, False]
-    assert [
-        way.split(": ")[1].removesuffix(" (fits)") for way in ways[:3]
-    ] == ["16.03 GB", "8.02 GB", "4.01 GB"]
+    assert [way.split(": ")[1].removesuffix(" (fits)") for way in ways[:3]] == [
+        "16.03 GB",
+        "8.02 GB",
+        "4.01 GB",
+    ]
     assert "device_map" in ways[3]
 
 

@@ -146,7 +146,8 @@ def test_interrupted_training_goes_on_where_it_was(recipe, tmp_path, monkeypatch
         load("twins", progress=False)
     assert not checkpoint_path(tmp_path, "twins").exists()
     resumed, _ = load("twins", progress=False)
-    assert len(calls) == 4, "two steps were kept, the third was drawn twice"
+    drawn = [n for n in calls if n < 100]  # the last draw, of many rows, is graded
+    assert len(drawn) == 4, "two steps were kept, the third was drawn twice"
     assert_same(expected, resumed)
 
 
