@@ -114,7 +114,8 @@ def measured_peak(model, input_ids, positions):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inner", [256, 768, 1352])
 def test_activations_are_what_a_forward_holds(dtype, inner):
-    config = DLMConfig(hidden_size=256, intermediate_size=inner, num_hidden_layers=1)
+    # Two layers: the last one computes the wanted columns only.
+    config = DLMConfig(hidden_size=256, intermediate_size=inner, num_hidden_layers=2)
     model = DiffusionLM(config).to(dtype).eval()
     input_ids = torch.zeros(4, 64, dtype=torch.long)
     positions = torch.zeros(4, 64, dtype=torch.bool)
