@@ -122,7 +122,7 @@ def test_activations_are_what_a_forward_holds(dtype, inner):
     positions[:, 0] = True
     peak = measured_peak(model, input_ids, positions)
     plan = mem.memory_plan(config, 4, 64, dtype, logit_positions=4)
-    assert peak == pytest.approx(plan.activations, rel=0.12)
+    assert peak == pytest.approx(plan.activations, rel=0.15)
 
 
 def test_activations_do_not_grow_with_depth():
