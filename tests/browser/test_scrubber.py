@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -65,6 +66,7 @@ def lab(tmp_path):
     """JupyterLab with fresh settings on a copy of the notebooks: folder, url(path)."""
     folder, config = tmp_path / "project", tmp_path / "config"
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    (folder / "data").symlink_to(ROOT / "data")
     page_config = config / "labconfig" / "page_config.json"
     page_config.parent.mkdir(parents=True)
     no_news = {"@jupyterlab/apputils-extension:announcements": True}
@@ -131,6 +133,23 @@ SHOW_CELL = """async (text) => {
 }"""
 
 
+WIDGET_CELLS = """() => {
+  const cells = window.jupyterapp.shell.currentWidget.content.widgets;
+  return cells.flatMap((cell, index) => cell.model.type == "code"
+    && /crubber\\(/.test(cell.model.sharedModel.source) ? [index] : []);
+}"""
+SHOW_INDEX = """async (index) => {
+  const notebook = window.jupyterapp.shell.currentWidget.content;
+  notebook.activeCellIndex = index;
+  await notebook.scrollToItem(index, "center");
+}"""
+OTHERS = sorted(
+    path.name
+    for path in (ROOT / "notebooks").glob("*.ipynb")
+    if "crubber(" in path.read_text() and not path.name.startswith("03")
+)
+
+
 def expect_step(page: Page, step: int) -> None:
     """The step that the widget shows."""
     shown = page.locator(".dlm-scrubber .dlm-step")
@@ -169,4 +188,30 @@ def test_scrubber_moves_by_mouse_and_by_keyboard(lab, page):
     )
     middle = int(scrubber.locator(".dlm-step").get_attribute("data-step"))
     assert abs(middle - last / 2) <= 1
+    assert errors == []
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_widget_follows_its_slider(lab, page, name):
+    """Traces, thresholds, graphs: one key press shows another frame."""
+    _, url = lab
+    page, errors = page
+    page.goto(url(f"notebooks/{name}"))
+    page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
+    outputs = page.evaluate(RUN_ALL)
+    failed = [o["ename"] for o in outputs if o["output_type"] == "error"]
+    assert outputs and not failed
+    moved = 0
+    for index in page.evaluate(WIDGET_CELLS):
+        page.evaluate(SHOW_INDEX, index)
+        widget = page.locator(".jp-mod-active .dlm-scrubber")
+        widget.wait_for(timeout=30_000)
+        view, handle = widget.locator(".widget-html"), widget.locator("[role=slider]")
+        before = view.inner_html()
+        handle.focus()
+        page.keyboard.press("ArrowRight")
+        expect(handle).to_have_attribute("aria-valuenow", re.compile("^1"))
+        expect(view).not_to_have_js_property("innerHTML", before, timeout=5_000)
+        moved += 1
+    assert moved >= 1
     assert errors == []
