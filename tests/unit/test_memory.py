@@ -122,7 +122,8 @@ def test_activations_are_what_a_forward_holds(dtype, inner):
     positions[:, 0] = True
     peak = measured_peak(model, input_ids, positions)
     plan = mem.memory_plan(config, 4, 64, dtype, logit_positions=4)
-    assert peak == pytest.approx(plan.activations, rel=0.15)
+    # Measured 0.95 to 1.125; a percent of it are the indices of the last layer's rows.
+    assert peak == pytest.approx(plan.activations, rel=0.13)
 
 
 def test_activations_do_not_grow_with_depth():
