@@ -114,16 +114,17 @@ def measured_peak(model, input_ids, positions):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inner", [256, 768, 1352])
 def test_activations_are_what_a_forward_holds(dtype, inner):
-    # Two layers: the last one computes the wanted columns only.
-    config = DLMConfig(hidden_size=256, intermediate_size=inner, num_hidden_layers=2)
+    # Two layers: the last one computes the wanted columns only. Many heads: the tables
+    # of the rotary angles, head_dim wide, are not in the plan.
+    sizes = {"hidden_size": 256, "num_attention_heads": 16, "num_hidden_layers": 2}
+    config = DLMConfig(intermediate_size=inner, **sizes)
     model = DiffusionLM(config).to(dtype).eval()
     input_ids = torch.zeros(4, 64, dtype=torch.long)
     positions = torch.zeros(4, 64, dtype=torch.bool)
     positions[:, 0] = True
     peak = measured_peak(model, input_ids, positions)
     plan = mem.memory_plan(config, 4, 64, dtype, logit_positions=4)
-    # Measured 0.95 to 1.125; a percent of it are the indices of the last layer's rows.
-    assert peak == pytest.approx(plan.activations, rel=0.13)
+    assert peak == pytest.approx(plan.activations, rel=0.12)
 
 
 def test_activations_do_not_grow_with_depth():
