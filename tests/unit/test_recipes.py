@@ -83,6 +83,10 @@ def test_the_hash_is_that_of_the_recipe_and_nothing_else(recipe):
         batch_size=5,
         training={"steps": 4},
         seed=1,
+        start=recipe,
+        heads={"extra": "torch.nn:Identity"},
+        trainer="module:function",
+        trainer_arguments={"method": "trajectory"},
     )
     decisive = {field.name for field in fields(Recipe)} - {"description"}
     assert changes.keys() == decisive
@@ -168,6 +172,54 @@ def test_initial_weights_come_from_the_recipe_alone(recipe):
     assert_same(first, build(recipe)[1])
     other = build(replace(recipe, seed=1))[1]
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_a_recipe_that_starts_from_another(recipe, tmp_path, monkeypatch):
+    """Its first weights are the other's last ones, and a head is trained along."""
+
+    def trainer(model, task, share):
+        def batches(generator):
+            return task.batch(int(8 * share), generator)
+
+        class Sum:
+            def corrupt(self, batch, generator):
+                rows = len(batch["input_ids"])
+                assert rows == 4
+                return {**batch, "tokens": torch.ones(rows, dtype=torch.long)}
+
+            def __call__(self, model, batch):
+                logits = model(batch["input_ids"]).logits
+                return (logits.sum((1, 2)) + 1) * model.extra.weight.sum()
+
+        return batches, Sum()
+
+    monkeypatch.setattr(sys.modules["twins_task"], "trainer", trainer, raising=False)
+    second = replace(
+        recipe,
+        name="second",
+        start=recipe,
+        heads={"extra": "torch.nn:Linear"},
+        trainer="twins_task:trainer",
+        trainer_arguments={"share": 0.5},
+    )
+    head = lambda config: torch.nn.Linear(2, 1)  # noqa: E731
+    monkeypatch.setattr(sys.modules["twins_task"], "Head", head, raising=False)
+    second = replace(second, heads={"extra": "twins_task:Head"})
+    monkeypatch.setitem(RECIPES, "second", second)
+    start, _ = load("twins", progress=False)
+    _, begun = build(second)
+    assert torch.equal(begun.lm_head.weight, start.lm_head.weight)
+    first_head = begun.extra.weight.clone()
+    assert torch.equal(first_head, build(second)[1].extra.weight), "drawn by its seed"
+    model, _ = load("second", progress=False)
+    assert not torch.equal(model.extra.weight, first_head)
+    assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+    monkeypatch.setattr(recipes, "fit", no_training)
+    assert_same(model, load("second", progress=False)[0])
+    # Another start makes another recipe, whatever it is called.
+    other = replace(second, start=replace(recipe, seed=1))
+    assert other.hash != second.hash
+    assert replace(second, start=replace(recipe, description="x")).hash == second.hash
 
 
 def test_an_unknown_name_lists_the_known(recipe):

@@ -1,0 +1,226 @@
+"""Every shipped experiment, by name: data that `recipes` turns into models."""
+
+from dlmlib.training.recipe import Recipe
+
+PATHS = dict(  # of the graph tasks; the shift is Dream's: a node's own column looks up
+    hidden_size=64,  # the node after it
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=128,
+    rope_theta=1e5,
+    initializer_range=0.1,
+    shift_logits=True,
+)
+
+SUMS = dict(  # a low base: who stands next to whom is all that matters
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=128,
+    rope_theta=100.0,
+    initializer_range=0.1,
+)
+
+
+def sums(name: str, description: str, steps: int = 800, ar: bool = False, **task):
+    """A recipe on running sums: masked diffusion, or its autoregressive twin."""
+    twin = dict(attention="causal", shift_logits=True) if ar else {}
+    return Recipe(
+        name=name,
+        description=description,
+        task="dlmlib.tasks.sums:RunningSums",
+        task_arguments=dict(terms=8, modulus=5, **task),
+        model=SUMS | twin,
+        objective=None if ar else dict(times="l_of_L"),
+        training=dict(steps=steps, lr=4e-3, warmup=100),
+    )
+
+
+CHAINS = dict(  # of the arithmetic tasks
+    hidden_size=64,
+    num_hidden_layers=2,
+    intermediate_size=192,
+    initializer_range=0.1,
+)
+
+CUPS = dict(  # fast rotations tell neighbours apart; the shift is Dream's
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=192,
+    rope_theta=100.0,
+    initializer_range=0.1,
+    shift_logits=True,
+)
+
+
+def cups(name: str, description: str, **task):
+    """A recipe on products of 24 shuffles."""
+    return Recipe(
+        name=name,
+        description=description,
+        task="dlmlib.tasks.permutations:Permutations",
+        task_arguments=task,
+        model=CUPS,
+        objective=dict(times="l_of_L"),
+        batch_size=64,
+        training=dict(steps=1400, lr=4e-3, warmup=100),
+    )
+
+
+ARITHMETIC_START = Recipe(  # half taught: where reinforcement learning begins
+    name="arithmetic_start",
+    description="masked diffusion on sums of eight terms modulo 7, stopped early",
+    task="dlmlib.tasks.arithmetic:Arithmetic",
+    task_arguments=dict(operations=7, operators="+"),
+    model=CHAINS,
+    objective=dict(times="l_of_L"),
+    batch_size=64,
+    training=dict(steps=450, lr=4e-3, warmup=100),
+)
+
+REVEALED = dict(
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=128,
+    rope_theta=100.0,
+    initializer_range=0.1,
+)
+
+
+def revealed(name: str, description: str, steps: int, data: str | None = None):
+    """A recipe on problems told in parts; `data` makes it the autoregressive twin's."""
+    twin = dict(attention="causal", shift_logits=True) if data else {}
+    return Recipe(
+        name=name,
+        description=description,
+        task=f"dlmlib.tasks.revealed:{'Chat' if data else 'Slots'}",
+        task_arguments=dict(data=data) if data else {},
+        model=REVEALED | twin,
+        objective=None if data else dict(times="l_of_L"),
+        batch_size=64,
+        training=dict(steps=steps, lr=4e-3, warmup=100, ema=0.99),
+    )
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in [
+        Recipe(
+            name="grammar",
+            description="masked diffusion on sentences of a small grammar",
+            task="dlmlib.tasks.grammar:Grammar",
+            model=dict(
+                hidden_size=64,
+                num_hidden_layers=3,
+                intermediate_size=192,
+                initializer_range=0.1,
+            ),
+            objective=dict(times="low_discrepancy"),
+            batch_size=64,
+            training=dict(steps=8000, lr=6e-3, warmup=100, ema=0.999),
+        ),
+        Recipe(
+            name="chat",
+            description="masked diffusion on a little chat, in LLaDA's format",
+            task="dlmlib.tasks.chat:Chat",
+            model=dict(
+                hidden_size=64,
+                num_hidden_layers=2,
+                intermediate_size=192,
+                initializer_range=0.1,
+            ),
+            objective=dict(times="l_of_L"),
+            batch_size=64,
+            training=dict(steps=2600, lr=5e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
+            name="connectivity",
+            description="masked diffusion on two-path graphs, with a scratchpad",
+            task="dlmlib.tasks.connectivity:TwoPaths",
+            model=PATHS,
+            objective=dict(times="l_of_L"),
+            batch_size=128,
+            training=dict(steps=1500, lr=4e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
+            name="connectivity_ar",
+            description="the autoregressive twin of connectivity",
+            task="dlmlib.tasks.connectivity:TwoPaths",
+            model=PATHS | dict(attention="causal"),
+            objective=None,
+            batch_size=128,
+            training=dict(steps=1000, lr=4e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
+            name="star",
+            description="masked diffusion on star graphs: the path to the goal",
+            task="dlmlib.tasks.star:Star",
+            model=PATHS,
+            objective=dict(times="l_of_L"),
+            batch_size=128,
+            training=dict(steps=1500, lr=4e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
+            name="star_ar",
+            description="the autoregressive twin of star",
+            task="dlmlib.tasks.star:Star",
+            model=PATHS | dict(attention="causal"),
+            objective=None,
+            batch_size=128,
+            training=dict(steps=1000, lr=4e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
+            name="dead_ends",
+            description="autoregressive walks and searches among dead ends",
+            task="dlmlib.tasks.dead_ends:DeadEnds",
+            model=PATHS | dict(num_hidden_layers=3, attention="causal"),
+            objective=None,
+            batch_size=128,
+            training=dict(steps=2200, lr=4e-3, warmup=100, ema=0.99),
+        ),
+        Recipe(
+            name="arithmetic",
+            description="masked diffusion on chains of eight operations modulo 7",
+            task="dlmlib.tasks.arithmetic:Arithmetic",
+            model=CHAINS,
+            objective=dict(times="l_of_L"),
+            batch_size=64,
+            training=dict(steps=1500, lr=4e-3, warmup=100),
+        ),
+        Recipe(
+            name="arithmetic_sentence",
+            description="the same chains, with an answer somewhere after them",
+            task="dlmlib.tasks.arithmetic:Arithmetic",
+            task_arguments=dict(form="sentence"),
+            model=CHAINS,
+            objective=dict(times="l_of_L"),
+            batch_size=64,
+            training=dict(steps=3000, lr=4e-3, warmup=100),
+        ),
+        ARITHMETIC_START,
+        cups("cups_chain", "masked diffusion on products of 24 shuffles: one chain"),
+        cups("cups_streams", "the same products as four streams", format="streams"),
+        sums("sums", "masked diffusion on running sums: one chain of 8"),
+        sums("sums_shuffled", "the same sums, shuffled columns", steps=1600, stride=5),
+        sums("sums_streams", "masked diffusion on 4 separate sums of 2", streams=4),
+        sums("sums_separate", "masked diffusion on 8 separate terms", streams=8),
+        sums("sums_ar", "the autoregressive twin of sums", ar=True),
+        sums("sums_streams_ar", "the twin of sums_streams", ar=True, streams=4),
+        revealed("revealed", "masked diffusion on problems told in parts", 1600),
+        revealed("revealed_single", "its twin: all told at once", 400, "single"),
+        revealed(
+            "revealed_hindsight",
+            "the twin on chats whose every answer is the last one",
+            700,
+            "hindsight",
+        ),
+        revealed(
+            "revealed_honest",
+            "the twin on chats whose answers say what was known",
+            700,
+            "honest",
+        ),
+    ]
+}
