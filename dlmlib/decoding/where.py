@@ -104,8 +104,8 @@ class Streams(Everywhere):
     the second surest of each, and so on. So k tokens over m unfinished streams are
     k / m each, the remainder goes to the surest, and what a full stream leaves goes to
     the others. Inside a stream the order policy alone decides. The summary opens when
-    all streams of its row are full; steps are shared between the two phases in
-    proportion to their tokens, at least one each.
+    all streams of its row are full; steps are shared between the two phases, at least
+    one each.
 
     Headers are given tokens around the ranges: put them into the prompt, with [MASK]
     between them.
@@ -115,9 +115,11 @@ class Streams(Everywhere):
             last five. Lengths may differ.
         summary: columns written after the streams; None for no such phase.
         concurrent: the summary is one more stream and waits for nobody.
+        summary_steps: steps of the summary; None for a share of all steps in proportion
+            to its tokens. A summary that is a chain needs as many as it is deep.
     Raises:
-        ValueError: no stream, or, when used: an empty range, ranges that overlap, or a
-            [MASK] outside of them.
+        ValueError: no stream, summary_steps < 1, or, when used: an empty range, ranges
+            that overlap, or a [MASK] outside of them.
     Source: NAP (arXiv 2602.23225), section 5.3, which leaves open when the summary
     begins and who inherits the budget of a full stream. Introduced in notebook 13.
     """
@@ -127,7 +129,11 @@ class Streams(Everywhere):
         streams: Sequence[slice],
         summary: slice | None = None,
         concurrent: bool = False,
+        summary_steps: int | None = None,
     ):
+        whole = summary_steps is None or summary_steps >= 1
+        check(whole, "summary_steps", summary_steps, "None or an integer >= 1")
+        self.summary_steps = summary_steps
         self.streams, self.summary = tuple(streams), summary
         check(len(self.streams) > 0, "streams", streams, "at least one slice")
         if concurrent and summary is not None:
@@ -151,13 +157,15 @@ class Streams(Everywhere):
         return 1 if self.summary is None else 2
 
     def steps_in_phase(self, steps: int, canvas: Canvas) -> Int[Tensor, " B"]:
-        """Steps in proportion to the tokens of the two phases, at least one each."""
+        """Steps of the current phase, at least one each."""
         if self.summary is None:
             return super().steps_in_phase(steps, canvas)
         to_write = ~canvas.fixed
         last = to_write & (self.stream_of(canvas) == len(self.streams))
         share = last.sum(1) / to_write.sum(1).clamp_min(1)
         after = (steps * share).round().long()
+        if self.summary_steps is not None:
+            after = torch.full_like(after, self.summary_steps)
         after = after.clamp((share > 0).long(), steps - (share < 1).long())
         return torch.where(canvas.phase == 1, after, steps - after)
 

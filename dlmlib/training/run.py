@@ -149,10 +149,10 @@ class Run:
             parameter.copy_(weights[name])
 
     def save(self, path: Path) -> None:
-        """Write all of this to one file, from one process."""
+        """Write all of this to one file, from one process; frozen weights stay out."""
         moments = {n: self.optimizer.state[p] for n, p in self.parameters.items()}
         tensors = {
-            **_prefixed("model", self.model.state_dict()),
+            **_prefixed("model", self.weights()),
             **_prefixed("ema", self.ema or {}),
             **_prefixed("batches", self.position()),
             "generator": self.generator.get_state(),
@@ -184,8 +184,8 @@ class Run:
                 "arguments, or another checkpoint folder to another run"
             )
         weights = _under("model", tensors)
-        match_tensors(path, weights, self.model.state_dict())
-        self.model.load_state_dict(weights)
+        match_tensors(path, weights, self.parameters)
+        self.load(weights)
         self.generator.set_state(tensors["generator"])
         if self.ema is not None:
             self.ema = {n: t.to(self.device) for n, t in _under("ema", tensors).items()}

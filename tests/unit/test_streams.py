@@ -86,6 +86,20 @@ def test_steps_are_shared_by_tokens():
     assert two.trace.written[:, 0].sum(1).tolist() == [18, 6]
 
 
+def test_the_summary_gets_its_steps():
+    """18 + 6 tokens in 8 steps, five of them for the summary; never all of them."""
+    ids, ranges, last = structured([6, 6, 6], summary=6)
+    for steps, own, expected in [
+        (8, 5, [6] * 3 + [2] + [1] * 4),
+        (8, 6, [9] * 2 + [1] * 6),
+        (3, 6, [18] + [3] * 2),
+    ]:
+        where = Streams(ranges, last, summary_steps=own)
+        written = decode(ids, where, steps=steps).trace.written[:, 0]
+        assert written.sum(1).tolist() == expected
+        assert written[-min(own, steps - 1) :, last].sum() == 6
+
+
 def test_leftover_budget_goes_on():
     """Lengths 1, 2, 5 and four tokens a step: 1 + 2 + 1, then the long one alone."""
     ids, ranges, _ = structured([1, 2, 5])
@@ -170,6 +184,7 @@ def test_remasking_stays_in_the_phase():
     ("build", "name"),
     [
         (lambda: Streams([]), "streams=[]"),
+        (lambda: Streams([slice(1, 5)], summary_steps=0), "summary_steps=0"),
         (lambda: Streams([slice(3, 3), slice(1, 5)]), "slice(3, 3, None)"),
         (lambda: Streams([slice(1, 3), slice(2, 5)]), "slice(2, 5, None)"),
         (lambda: Streams([slice(1, 3)]), "a range for every [MASK]"),
