@@ -30,13 +30,7 @@ from dlmlib.decoding import (
     Trace,
     decode,
 )
-from dlmlib.device import (
-    Timer,
-    current_scale,
-    generator,
-    scale,
-    setup,
-)
+from dlmlib.device import current_scale, generator, scale, setup
 from dlmlib.diffusion import (
     NELBO,
     AutoregressiveNLL,
@@ -48,6 +42,7 @@ from dlmlib.diffusion import (
     unmask_tokens,
 )
 from dlmlib.diffusion.reweighting import CART
+from dlmlib.gauges import Timer
 from dlmlib.measure.arness import arness, local_arness
 from dlmlib.measure.parallelism import aup
 from dlmlib.measure.sequential_dependence import sequential_dependence

@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import AutoModel
 
 from dlmlib.decoding import DualCache, PrefixCache, Threshold, decode
-from dlmlib.device import Timer, extra_memory, generator, pick_device
+from dlmlib.device import generator, pick_device
 from dlmlib.errors import check
+from dlmlib.gauges import Timer, extra_memory
 from dlmlib.model import DiffusionLM, DLMConfig
 from dlmlib.roofline import measure_step
 

@@ -136,7 +136,7 @@ def disk() -> str:
 
 def memory() -> str:
     """There is memory for the notebooks."""
-    from dlmlib.device import host_memory
+    from dlmlib.gauges import host_memory
 
     free = host_memory()
     need(free >= MEMORY, f"{free / GB:.1f} GB free, needs {MEMORY / GB:.0f} GB")
@@ -182,7 +182,8 @@ def smoke_test() -> str:
     import torch
 
     from dlmlib.decoding import decode
-    from dlmlib.device import Timer, pick_device
+    from dlmlib.device import pick_device
+    from dlmlib.gauges import Timer
     from dlmlib.model import DiffusionLM, DLMConfig
 
     torch_device = pick_device().device

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from dlmlib.device import free_memory, host_memory, release_memory
 from dlmlib.errors import check
+from dlmlib.gauges import free_memory, host_memory, release_memory
 
 logger = logging.getLogger(__name__)
 Item, Value = TypeVar("Item"), TypeVar("Value")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dlmlib.device import Timer, graphed
+from dlmlib.gauges import Timer, graphed
 from dlmlib.model import DiffusionLM, KVCache
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny import tiny_model
 
 from dlmlib import bench, roofline
-from dlmlib.device import graphed
+from dlmlib.gauges import graphed
 
 PEERS = '''
 import torch

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dlmlib import device as dev
+from dlmlib import gauges
 
 
 @pytest.fixture
@@ -145,19 +146,19 @@ def test_timer_waits_for_its_device_before_and_after(monkeypatch):
     events = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda d: events.append(str(d)))
     monkeypatch.setattr(torch.mps, "synchronize", lambda: events.append("mps"))
-    with dev.Timer("cuda:1"):
+    with gauges.Timer("cuda:1"):
         events.append("work")
-    with dev.Timer(torch.device("mps")):
+    with gauges.Timer(torch.device("mps")):
         events.append("work")
-    with dev.Timer():
+    with gauges.Timer():
         events.append("work")
     assert events == ["cuda:1", "work", "cuda:1", "mps", "work", "mps", "work"]
 
 
 def test_timer_measures_between_the_two_waits(monkeypatch):
     clock = iter([100.0, 102.5])
-    monkeypatch.setattr(dev.time, "perf_counter", lambda: next(clock))
-    with dev.Timer() as timer:
+    monkeypatch.setattr(gauges.time, "perf_counter", lambda: next(clock))
+    with gauges.Timer() as timer:
         assert np.isnan(timer.seconds)
     assert timer.seconds == 2.5
 
@@ -167,11 +168,11 @@ def test_timer_measures_between_the_two_waits(monkeypatch):
 
 def test_cpu_peak_is_the_rise_since_the_reset():
     size = 64 * 2**20
-    dev.reset_peak_memory("cpu")
+    gauges.reset_peak_memory("cpu")
     torch.ones(size, dtype=torch.uint8)  # freed at once: a peak, not a level
-    assert 0.9 * size < dev.peak_memory("cpu") < 1.5 * size
-    dev.reset_peak_memory("cpu")
-    assert dev.peak_memory("cpu") < size / 4
+    assert 0.9 * size < gauges.peak_memory("cpu") < 1.5 * size
+    gauges.reset_peak_memory("cpu")
+    assert gauges.peak_memory("cpu") < size / 4
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024)])
@@ -181,12 +182,12 @@ def test_cpu_peak_without_proc(monkeypatch, platform, unit):
 
     peaks = iter([1000, 1500])
     usage = lambda _: SimpleNamespace(ru_maxrss=next(peaks))  # noqa: E731
-    monkeypatch.setattr(dev.Path, "read_text", absent)
-    monkeypatch.setattr(dev.Path, "write_text", absent)
+    monkeypatch.setattr(gauges.Path, "read_text", absent)
+    monkeypatch.setattr(gauges.Path, "write_text", absent)
     monkeypatch.setattr(resource, "getrusage", usage)
-    monkeypatch.setattr(dev.sys, "platform", platform)
-    dev.reset_peak_memory("cpu")
-    assert dev.peak_memory("cpu") == 500 * unit
+    monkeypatch.setattr(gauges.sys, "platform", platform)
+    gauges.reset_peak_memory("cpu")
+    assert gauges.peak_memory("cpu") == 500 * unit
 
 
 def test_gpu_peaks_come_from_the_allocator(monkeypatch):
@@ -194,10 +195,10 @@ def test_gpu_peaks_come_from_the_allocator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: 1234)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 99)
-    dev.reset_peak_memory("cuda:1")
+    gauges.reset_peak_memory("cuda:1")
     assert calls == ["cuda:1"]
-    assert dev.peak_memory("cuda:1") == 1234
-    assert dev.peak_memory("mps") == 99
+    assert gauges.peak_memory("cuda:1") == 1234
+    assert gauges.peak_memory("mps") == 99
 
 
 def test_extra_memory_counts_tensors():
@@ -210,15 +211,15 @@ def test_extra_memory_counts_tensors():
         del one
         return two + 1
 
-    assert 8_000_000 <= dev.extra_memory(run, "cpu") < 8_100_000
-    assert dev.extra_memory(lambda: None, "cpu") == 0
+    assert 8_000_000 <= gauges.extra_memory(run, "cpu") < 8_100_000
+    assert gauges.extra_memory(lambda: None, "cpu") == 0
 
 
 def test_extra_memory_of_a_gpu_is_above_what_was_held(monkeypatch):
     calls, held = [], iter([1000, 1500])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: next(held))
-    extra = dev.extra_memory(lambda: calls.append("run"), "cuda:1")
+    extra = gauges.extra_memory(lambda: calls.append("run"), "cuda:1")
     assert (extra, calls) == (500, ["cuda:1", "run"])
 
 
@@ -245,7 +246,7 @@ def test_gpu_timer_waits_for_the_kernels():
     _ = wide @ wide
     torch.cuda.synchronize()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with dev.Timer("cuda") as timer:
+    with gauges.Timer("cuda") as timer:
         start.record()
         for _ in range(10):
             _ = wide @ wide

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dlmlib import decoding, device, doctor
+from dlmlib import decoding, device, doctor, gauges
 from dlmlib.training import recipes
 from dlmlib.training.checkpoints import save_tensors
 
@@ -169,7 +169,7 @@ def test_bfloat16_only_matters_when_it_is_chosen(monkeypatch):
 def test_little_room(monkeypatch):
     usage = SimpleNamespace(free=5 * 10**8)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(device, "host_memory", lambda: 10**9)
+    monkeypatch.setattr(gauges, "host_memory", lambda: 10**9)
     assert failing("disk").detail == "0.5 GB free, needs 1 GB"
     assert failing("memory").detail == "1.0 GB free, needs 2 GB"
 

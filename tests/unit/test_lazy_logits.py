@@ -9,7 +9,7 @@ from tiny import random_ids, tiny_model
 
 import dlmlib as dlm
 from dlmlib.decoding.propose import NAMED
-from dlmlib.device import extra_memory
+from dlmlib.gauges import extra_memory
 from dlmlib.model import lazy_logits
 from dlmlib.model.call import logits_at
 from dlmlib.model.lazy_logits import LazyLogits, by_chunks, lazy_logits_at

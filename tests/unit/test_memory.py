@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from dlmlib import device as dev
+from dlmlib import gauges
 from dlmlib import memory as mem
 from dlmlib.model import DiffusionLM, DLMConfig
 
@@ -356,10 +356,10 @@ def test_gpu_peak_is_what_the_plan_says():
     positions[:, 0] = True
     with torch.no_grad():
         model(input_ids, logit_positions=positions)  # workspaces
-        dev.reset_peak_memory("cuda")
+        gauges.reset_peak_memory("cuda")
         model(input_ids, logit_positions=positions)
     plan = mem.memory_plan(config, 4, 1024, logit_positions=4)
-    assert dev.peak_memory("cuda") == pytest.approx(plan.total, rel=0.25)
+    assert gauges.peak_memory("cuda") == pytest.approx(plan.total, rel=0.25)
 
 
 @gpu
