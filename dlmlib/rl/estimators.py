@@ -255,15 +255,20 @@ def by_step(step: Int[Tensor, "B L"], steps: int):
 
 
 def known(commit_step) -> Int[Tensor, "B L"]:
-    """The steps of a rollout; ValueError if they are not given for every token."""
+    """The steps of a rollout; ValueError if a row was not written."""
     check(commit_step is not None, "commit_step", None, "the steps of the rollout")
-    check(bool((commit_step >= 0).all()), "commit_step", commit_step, "a step a token")
+    written = (commit_step >= 0).any(1)
+    check(bool(written.all()), "commit_step", commit_step, "steps >= 0 in every row")
     return commit_step
 
 
 def dense_steps(commit_step) -> tuple[Int[Tensor, "B L"], Int[Tensor, " B"]]:
-    """Steps that wrote something, counted from 0 in each row, and their number."""
+    """Steps that wrote something, counted from 0 in each row, and their number.
+
+    Tokens that were given keep the step -1: they are never hidden and never scored.
+    """
+    given = commit_step < 0
     other = commit_step[:, None, :] - commit_step[:, :, None]  # [B, i, j]
-    first = ~(other == 0).tril(-1).any(2)  # one token stands for its step
-    dense = ((other < 0) & first[:, None, :]).sum(2)
+    first = ~(other == 0).tril(-1).any(2) & ~given  # one token stands for its step
+    dense = ((other < 0) & first[:, None, :]).sum(2).masked_fill(given, -1)
     return dense, dense.max(1).values + 1

@@ -29,12 +29,15 @@ class Views:
         canvas: the copies [B, K, T].
         weight: of each token's log-probability [B, K, T], 0 where it is not read.
         valid: [B, T], False on padding; None if there is none.
+        rank: [B, T], place of a token among those drawn at the same step, for
+            estimators that score the order; None if it is not known.
     """
 
     target: Int[Tensor, "B T"]
     canvas: Int[Tensor, "B K T"]
     weight: Float[Tensor, "B K T"]
     valid: Bool[Tensor, "B T"] | None = None
+    rank: Int[Tensor, "B T"] | None = None
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Estimator:
         generator: torch.Generator | None = None,
         commit_step: Int[Tensor, "B L"] | None = None,
         attention_mask: Tensor | None = None,
+        commit_rank: Int[Tensor, "B L"] | None = None,
     ) -> LogProb:
         """Estimate log p(completion | prompt) of each row.
 
@@ -78,8 +82,11 @@ class Estimator:
             commit_step: the step at which each token was written, for estimators that
                 follow the trajectory (`Trace.commit_step`).
             attention_mask: [B, P], 0 on padding left of the prompt.
+            commit_rank: the token's place within its step, for estimators that score
+                the order (`commit_rank(trace)` of `dlmlib.rl.learned_order`).
         """
-        mask, given = mask_token_of(model), (commit_step, attention_mask)
+        mask = mask_token_of(model)
+        given = commit_step, attention_mask, commit_rank
         views = self.draw(prompt_ids, completion_ids, mask, generator, *given)
         return self.evaluate(model, views)
 
@@ -91,6 +98,7 @@ class Estimator:
         generator=None,
         commit_step=None,
         attention_mask=None,
+        commit_rank=None,
     ) -> Views:
         """Draw the copies; the same ones serve any number of models."""
         check(completion_ids.shape[1] >= 1, "completion_ids", "empty", "L >= 1 tokens")
@@ -108,7 +116,10 @@ class Estimator:
         if attention_mask is not None:
             real = torch.ones_like(completion_ids, dtype=torch.bool)
             valid = torch.cat([attention_mask.bool(), real], dim=1)
-        return Views(target, torch.cat([prompt, answer], dim=2), weight, valid)
+        rank = commit_rank
+        if rank is not None:
+            rank = torch.cat([torch.full_like(prompt_ids, -1), rank], dim=1)
+        return Views(target, torch.cat([prompt, answer], dim=2), weight, valid, rank)
 
     def plan(self, completion_ids, generator, commit_step):
         """(hidden [B, K, L] bool, weight [B, K, L], share of the prompt shown)."""
@@ -116,8 +127,12 @@ class Estimator:
 
     def evaluate(self, model, views: Views) -> LogProb:
         """The estimate of one model on given copies; differentiable."""
-        tokens = self.combine(token_log_probs(model, views), views.weight)
+        tokens = self.combine(self.terms(model, views), views.weight)
         return LogProb(tokens.sum(1), tokens, views.canvas.shape[1])
+
+    def terms(self, model, views: Views) -> Float[Tensor, "B K T"]:
+        """What each copy says of each token that is read from it, 0 elsewhere."""
+        return token_log_probs(model, views)
 
     def combine(self, logprob, weight) -> Float[Tensor, "B T"]:
         """Terms of the estimate from those of the copies [B, K, T]: a weighted sum."""

@@ -1,5 +1,6 @@
 """The published policy-gradient methods as configurations of one loop."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from dlmlib.rl.estimators import (
     OneState,
     Trajectory,
 )
+from dlmlib.rl.learned_order import OrderedTrajectory, drawn_order
 from dlmlib.rl.logprob import Estimator
 
 ADVANTAGES = ("group", "mean", "leave_one_out", "batch", "weights")
@@ -31,6 +33,7 @@ class Method:
     level: "token" (a ratio a token) or "sequence" (a ratio a completion).
     negative: estimator for completions with a negative advantage; None for the same.
     decode: arguments of the rollouts' `decode`.
+    draw_order: (model, generator) -> more of them, for an order that the model draws.
 
     Introduced in notebook 20.
     """
@@ -43,6 +46,7 @@ class Method:
     level: str = "token"
     negative: Estimator | None = None
     decode: dict[str, Any] = field(default_factory=dict)
+    draw_order: Callable[..., dict[str, Any]] | None = None
 
     def __post_init__(self):
         check(self.epochs >= 1, "epochs", self.epochs, "an integer >= 1")
@@ -120,3 +124,19 @@ def one_state(**options) -> Method:
     notebook 20.
     """
     return Method(**{"estimator": OneState()} | options)
+
+
+def dcolt(steps: int | None = None, block_length: int | None = None, **options):
+    """DCoLT: the whole trajectory, its order drawn and trained with the tokens.
+
+    The model needs an order head. One update a rollout, so no ratio is taken; rewards
+    are scaled by the spread within their group.
+
+    Args:
+        steps, block_length: of the rollouts' `decode`.
+    Source: arXiv 2505.10446 (its program: 256 tokens in 64 steps, groups of 16).
+    Introduced in notebook 21.
+    """
+    decode = {"steps": steps, "block_length": block_length}
+    own = {"estimator": OrderedTrajectory(block_length), "draw_order": drawn_order}
+    return Method(**own | {"clip": None, "decode": decode} | options)

@@ -17,9 +17,12 @@ from torch import Tensor
 from dlmlib.decoding.decode import decode
 from dlmlib.errors import check
 from dlmlib.model.call import mask_token_of
-from dlmlib.rl.estimators import Trajectory
+from dlmlib.rl.estimators import OneState, Trajectory
+from dlmlib.rl.learned_order import commit_rank
 from dlmlib.rl.logprob import Views
+from dlmlib.rl.lora import WithoutLora, has_lora
 from dlmlib.rl.methods import ADVANTAGES, Method
+from dlmlib.rl.shares import mine, of_all, own_share
 
 Batch = dict[str, Tensor]
 
@@ -59,21 +62,27 @@ def advantages(
 class Rollouts:
     """Batches of graded completions for `fit`; each serves `epochs` updates.
 
-    A rollout is one batched decode with a trace. The estimator's copies are drawn once
-    for each epoch; old policy and reference are evaluated on the very same copies.
+    A rollout is one batched decode with a trace. Under `accelerate launch` each process
+    decodes its share of the prompts. The estimator's copies are drawn once for each
+    epoch; old policy and reference are evaluated on the very same copies.
+
+    Where it knows the old policy's value beforehand it does not compute it: along the
+    trajectory the decoder reported it, and in the only epoch old and new are equal.
 
     Args:
         model: the policy, which `fit` trains.
-        prompts: generator -> prompt_ids [n, P] of one rollout.
+        prompts: generator -> prompt_ids [n, P] of one rollout; or, for prompts of
+            different lengths, a tokenizer's input_ids and attention_mask, padded left.
         rewards: one grader, or several by name, whose sum counts:
             (prompt_ids [B, P], completion_ids [B, L]) -> rewards [B]. Not-a-number says
             that a completion could not be graded: it is counted and earns 0.
         method: see `Method`.
-        length: L, tokens of a completion.
+        length: L, tokens of a completion. 0 fills the masks inside the prompts: the
+            completion is what follows the first of them.
         group: G, completions of a prompt.
         temperature: of the rollouts.
-        reference: model that the KL penalty is taken against; None for a frozen copy
-            of the model as it is now, if the method has a penalty.
+        reference: model that the KL penalty is taken against, if the method has one;
+            None for the model as it is now: without its adapters, or a frozen copy.
     Attributes:
         log: one dict a rollout: mean reward (of each grader, and their sum), share of
             groups with equal rewards, failed gradings, forwards of the decode.
@@ -83,7 +92,7 @@ class Rollouts:
     def __init__(
         self,
         model,
-        prompts: Callable[[torch.Generator], Int[Tensor, "n P"]],
+        prompts: Callable[[torch.Generator], Int[Tensor, "n P"] | Batch],
         rewards: Callable | dict[str, Callable],
         method: Method,
         *,
@@ -97,7 +106,7 @@ class Rollouts:
         self.rewards = rewards if isinstance(rewards, dict) else {"reward": rewards}
         self.length, self.group, self.temperature = length, group, temperature
         if reference is None and method.kl > 0:
-            reference = copy.deepcopy(model).eval().requires_grad_(False)
+            reference = WithoutLora(model) if has_lora(model) else frozen(model)
         self.reference = reference
         self.waiting: list[Batch] = []
         self.log: list[dict[str, float]] = []
@@ -112,28 +121,50 @@ class Rollouts:
     def collect(self, generator) -> list[Batch]:
         """Decode, grade, and draw the copies of every epoch."""
         device = next(self.model.parameters()).device
-        prompt = self.prompts(generator).to(device).repeat_interleave(self.group, dim=0)
+        given, generator = own_share(as_batch(self.prompts(generator)), generator)
+        given = {
+            n: t.to(device).repeat_interleave(self.group, 0) for n, t in given.items()
+        }
+        prompt, real = given["input_ids"], given.get("attention_mask")
         training = self.model.training
         self.model.eval()
         options = {"length": self.length, "temperature": self.temperature}
-        options |= {"trace": True, "generator": generator} | self.method.decode
+        options |= {"trace": True, "generator": generator, "attention_mask": real}
+        options |= self.method.decode
+        if self.method.draw_order is not None:
+            options |= self.method.draw_order(self.model, generator)
         out = decode(self.model, prompt, **options)
-        answer = out.sequences[:, prompt.shape[1] :]
-        advantage = advantages(
-            self.graded(prompt, answer, out.forwards), self.method.advantage
-        ).flatten()
-        step = out.trace.commit_step[:, prompt.shape[1] :]
+        prompt, answer = self.parts(prompt, out.sequences)
+        reward = self.graded(prompt, answer, out.forwards)
+        advantage = mine(advantages(reward, self.method.advantage)).flatten()
+        begin = prompt.shape[1]
+        step = out.trace.commit_step[:, begin:]
+        rank = commit_rank(out.trace)[:, begin:]
         known = out.trace.commit_logprob.nan_to_num(0.0)
         drawn = [
-            self.copies(prompt, answer, step, advantage, known, generator)
+            self.copies(prompt, answer, step, rank, advantage, known, generator, real)
             for _ in range(self.method.epochs)
         ]
         self.model.train(training)
-        return drawn
+        return [{n: of_all(t) for n, t in batch.items()} for batch in drawn]
+
+    def parts(self, prompt, whole):
+        """(prompt, completion): a completion may begin with a mask of the prompt."""
+        hidden = (prompt == mask_token_of(self.model)).any(0)
+        begin = int(hidden.int().argmax()) if hidden.any() else prompt.shape[1]
+        expected = "an estimator along the trajectory, since some tokens are given"
+        fits = begin == prompt.shape[1] or isinstance(
+            self.method.estimator, Trajectory | OneState
+        )
+        check(fits, "method.estimator", self.method.estimator, expected)
+        return whole[:, :begin], whole[:, begin:]
 
     def graded(self, prompt, answer, forwards: int) -> Float[Tensor, "n G"]:
         """The summed rewards; logs them."""
-        marks = {n: grade(prompt, answer).float() for n, grade in self.rewards.items()}
+        marks = {
+            name: of_all(grade(prompt, answer).float())
+            for name, grade in self.rewards.items()
+        }
         failed = torch.stack([mark.isnan() for mark in marks.values()]).any(0)
         marks = {name: mark.nan_to_num(0.0) for name, mark in marks.items()}
         total = sum(marks.values()).view(-1, self.group)
@@ -144,22 +175,26 @@ class Rollouts:
         self.log.append(entry)
         return total
 
-    def copies(self, prompt, answer, step, advantage, known, generator) -> Batch:
+    def copies(
+        self, prompt, answer, step, rank, advantage, known, generator, real=None
+    ) -> Batch:
         """One epoch's batch: copies, advantage, old and reference log-probabilities."""
         method, mask = self.method, mask_token_of(self.model)
-        views = method.estimator.draw(prompt, answer, mask, generator, step)
+        views = method.estimator.draw(prompt, answer, mask, generator, step, real, rank)
         batch = {
             "target": views.target,
             "canvas": views.canvas,
             "weight": views.weight,
+            "rank": views.rank,
             "advantage": advantage,
         }
-        exact = (
-            isinstance(method.estimator, Trajectory) and not method.estimator.segments
-        )
+        if views.valid is not None:
+            batch["valid"] = views.valid
+        estimator = method.estimator  # the order's terms are not in the trace
+        exact = type(estimator) is Trajectory and not estimator.segments
         if exact and self.temperature > 0:
             batch["old"] = known  # the rollout computed them already
-        elif method.clip is not None:
+        elif method.clip is not None and method.epochs > 1:
             batch["old"] = method.estimator.evaluate(self.model, views).tokens
         if method.kl > 0:
             found = method.estimator.evaluate(self.reference, views)
@@ -209,11 +244,13 @@ class GroupRelative:
     def __call__(self, model, batch: Batch) -> Float[Tensor, " B"]:
         """Loss of each row, summed over its terms."""
         method = self.method
-        views = Views(batch["target"], batch["canvas"], batch["weight"])
-        new = method.estimator.evaluate(model, views).tokens
+        parts = ("target", "canvas", "weight", "valid", "rank")
+        views = Views(*(batch.get(part) for part in parts))
+        found = method.estimator.terms(model, views)
+        new = method.estimator.combine(found, views.weight)
         gain = batch["advantage"][:, None]
         if method.negative is not None:
-            lowered = method.negative.evaluate(model, views).tokens
+            lowered = method.negative.combine(found, views.weight)
             new = torch.where(gain < 0, lowered, new)
         scored = (views.weight != 0).any(1)
         old, reference = (
@@ -227,6 +264,18 @@ class GroupRelative:
             away = reference - new
             loss = loss + method.kl * (away.exp() - away - 1)
         return loss.masked_fill(~scored, 0.0).sum(1)
+
+
+def as_batch(prompts: Tensor | Batch) -> Batch:
+    """Prompts as a tokenizer gives them; the mask is left out if nothing is padded."""
+    if isinstance(prompts, Tensor):
+        return {"input_ids": prompts}
+    return {name: prompts[name] for name in ("input_ids", "attention_mask")}
+
+
+def frozen(model):
+    """A copy that never changes."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def surrogate(new, old, gain, clip: float | None) -> Float[Tensor, "B n"]:

@@ -14,7 +14,7 @@ from dlmlib.decoding.propose import Propose
 from dlmlib.device import uniform
 from dlmlib.errors import check
 from dlmlib.model import DLMConfig
-from dlmlib.model.network import Block, rope_angles
+from dlmlib.model.layers import Block, rope_angles
 from dlmlib.model.upstream import LLADA_NAMES
 
 FREQUENCIES = 256  # of the sinusoidal embedding of time
@@ -156,10 +156,9 @@ class Learned(Propose):
         self.head, self.generator = head, generator
 
     def reads(self, canvas, rows):
-        """The answer: all columns behind the prompt, or all if nothing was appended."""
+        """The answer: see `answer_columns`."""
         answer = torch.zeros_like(canvas.fixed[rows])
-        start = canvas.prompt_length
-        answer[:, start if start < answer.shape[1] else 0 :] = True
+        answer[:, answer_columns(~canvas.fixed)] = True
         return answer
 
     def score(self, logits, token, logprob, entropy, columns, generator):
@@ -175,14 +174,30 @@ class Learned(Propose):
         width = self.head.config.hidden_size
         fits = states.dim() == 2 and states.shape[1] == width
         check(fits, "states", tuple(states.shape), f"[N, {width}]: no guidance")
-        masked = canvas.masked[rows]
-        part = [x[read].view(len(rows), -1) for x in (masked, region)]
-        time = 1 - part[0].float().mean(1)  # the share that is written
-        h = self.head(states.view(*part[0].shape, -1), time, *part)
+        asked, masked = ~canvas.fixed[rows], canvas.masked[rows]
+        asked, masked, inside = (
+            x[read].view(len(rows), -1) for x in (asked, masked, region)
+        )
+        time = share_written(masked, asked)
+        h = self.head(states.view(*masked.shape, -1), time, masked, inside)
         if self.generator is not None:
             u = uniform(h.shape, self.generator, h.device, torch.float64)
             h = h - (-u.log()).log()
         return h.new_zeros(read.shape).masked_scatter(read, h)
+
+
+def answer_columns(asked: Bool[Tensor, "B T"]) -> slice:
+    """Columns that an order head reads: from the first that any row has to write.
+
+    Where length was appended to prompts, this is the answer. Where masks inside a text
+    are filled, it also holds the given tokens behind the first of them.
+    """
+    return slice(int(asked.any(0).int().argmax()), None)
+
+
+def share_written(masked: Bool[Tensor, "B L"], asked) -> Float[Tensor, " B"]:
+    """Time in [0, 1]: the written share of the tokens that the answer asks for."""
+    return 1 - masked.sum(1) / asked.sum(1).clamp_min(1)
 
 
 def plackett_luce(

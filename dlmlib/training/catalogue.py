@@ -1,5 +1,7 @@
 """Every shipped experiment, by name: data that `recipes` turns into models."""
 
+from dataclasses import replace
+
 from dlmlib.training.recipe import Recipe
 
 PATHS = dict(  # of the graph tasks; the shift is Dream's: a node's own column looks up
@@ -68,6 +70,16 @@ def cups(name: str, description: str, **task):
     )
 
 
+STAR = Recipe(
+    name="star",
+    description="masked diffusion on star graphs: the path to the goal",
+    task="dlmlib.tasks.star:Star",
+    model=PATHS,
+    objective=dict(times="l_of_L"),
+    batch_size=128,
+    training=dict(steps=1500, lr=4e-3, warmup=100, ema=0.99),
+)
+
 ARITHMETIC_START = Recipe(  # half taught: where reinforcement learning begins
     name="arithmetic_start",
     description="masked diffusion on sums of eight terms modulo 7, stopped early",
@@ -77,6 +89,26 @@ ARITHMETIC_START = Recipe(  # half taught: where reinforcement learning begins
     objective=dict(times="l_of_L"),
     batch_size=64,
     training=dict(steps=450, lr=4e-3, warmup=100),
+)
+
+CHAIN_START = Recipe(  # the same with six terms, and softer: a lower learning rate
+    name="chain_start",
+    description="masked diffusion on sums of six terms modulo 7, stopped early",
+    task="dlmlib.tasks.arithmetic:Arithmetic",
+    task_arguments=dict(operations=5, operators="+"),
+    model=CHAINS,
+    objective=dict(times="l_of_L"),
+    batch_size=64,
+    training=dict(steps=180, lr=2.5e-3, warmup=80),
+)
+
+PAIRS_START = replace(
+    CHAIN_START,
+    name="pairs_start",
+    description="masked diffusion on sums of two neighbours, stopped early",
+    task="dlmlib.tasks.pairs:Pairs",
+    task_arguments=dict(operations=5),
+    training=dict(steps=100, lr=2.5e-3, warmup=50),
 )
 
 REVEALED = dict(
@@ -153,14 +185,16 @@ RECIPES = {
             batch_size=128,
             training=dict(steps=1000, lr=4e-3, warmup=100, ema=0.99),
         ),
+        STAR,
         Recipe(
-            name="star",
-            description="masked diffusion on star graphs: the path to the goal",
-            task="dlmlib.tasks.star:Star",
+            name="both_ways",
+            description="masked diffusion on paths and stars at once, stopped early",
+            task="dlmlib.tasks.both_ways:BothWays",
             model=PATHS,
             objective=dict(times="l_of_L"),
             batch_size=128,
-            training=dict(steps=1500, lr=4e-3, warmup=100, ema=0.99),
+            training=dict(steps=800, lr=4e-3, warmup=50, ema=0.99),
+            start=STAR,
         ),
         Recipe(
             name="star_ar",
@@ -200,6 +234,8 @@ RECIPES = {
             training=dict(steps=3000, lr=4e-3, warmup=100),
         ),
         ARITHMETIC_START,
+        CHAIN_START,
+        PAIRS_START,
         cups("cups_chain", "masked diffusion on products of 24 shuffles: one chain"),
         cups("cups_streams", "the same products as four streams", format="streams"),
         sums("sums", "masked diffusion on running sums: one chain of 8"),
