@@ -1,6 +1,6 @@
 """Preference optimisation (DPO) over any estimator of the log-probability.
 
-pairs = datasets.Dataset with prompt_ids, chosen_ids, rejected_ids
+pairs = preference_pairs(prompt_ids, completion_ids, reward)  # a datasets.Dataset
 scored = with_reference(pairs, reference, estimator, seed=0)
 fit(policy, batches_from(scored, 32), DPO(estimator, beta=0.1), steps=…)
 """
@@ -8,7 +8,7 @@ fit(policy, batches_from(scored, 32), DPO(estimator, beta=0.1), steps=…)
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dlmlib.device import generator
@@ -17,6 +17,43 @@ from dlmlib.model.call import mask_token_of
 from dlmlib.rl.logprob import Estimator, Views
 
 SIDES = ("chosen", "rejected")
+
+
+def preference_pairs(
+    prompt_ids: Int[Tensor, "n P"],
+    completion_ids: Int[Tensor, "n G L"],
+    reward: Float[Tensor, "n G"],
+    commit_step: Int[Tensor, "n G L"] | None = None,
+) -> Dataset:
+    """The best and the worst of each prompt's G completions, as a pair.
+
+    A prompt whose completions all earned the same has no pair.
+
+    Args:
+        prompt_ids: [n, P].
+        completion_ids: [n, G, L].
+        reward: of each completion; the first of equals is taken.
+        commit_step: the steps of the rollouts, for estimators that follow them.
+    Returns:
+        A dataset of prompt_ids, chosen_ids and rejected_ids, with chosen_steps and
+        rejected_steps if steps are given; what `with_reference` reads.
+    Raises:
+        ValueError: unless reward is [n, G] of these completions, or if no prompt has
+            completions of different rewards.
+    Introduced in notebook 19.
+    """
+    fits = reward.shape == completion_ids.shape[:2]
+    check(fits, "reward.shape", tuple(reward.shape), tuple(completion_ids.shape[:2]))
+    reward = reward.float()
+    best, worst = reward.argmax(1), reward.argmin(1)
+    prompt = (reward.max(1).values > reward.min(1).values).nonzero()[:, 0]
+    check(len(prompt) > 0, "reward", "all equal", "two different rewards for a prompt")
+    columns = {"prompt_ids": prompt_ids[prompt]}
+    for side, place in zip(SIDES, (best, worst), strict=True):
+        columns[f"{side}_ids"] = completion_ids[prompt, place[prompt]]
+        if commit_step is not None:
+            columns[f"{side}_steps"] = commit_step[prompt, place[prompt]]
+    return Dataset.from_dict({name: rows.tolist() for name, rows in columns.items()})
 
 
 @torch.no_grad()
@@ -38,7 +75,7 @@ def with_reference(
     Args:
         pairs: columns prompt_ids, chosen_ids and rejected_ids, of equal lengths within
             a column; chosen_steps and rejected_steps for estimators that follow a
-            trajectory.
+            trajectory; attention_mask where prompts are padded on their left.
         reference: the model that the policy is compared with.
         estimator: of log-probabilities.
         draws: rows a pair.
@@ -65,23 +102,27 @@ def with_reference(
         batch = table[start : start + batch_size]
         for side in SIDES:
             given = batch["prompt_ids"], batch[f"{side}_ids"]
-            steps = batch.get(f"{side}_steps")
-            views = estimator.draw(*given, mask, source, steps)
-            asked = views if shared else estimator.draw(*given, mask, source, steps)
+            more = batch.get(f"{side}_steps"), batch.get("attention_mask")
+            views = estimator.draw(*given, mask, source, *more)
+            asked = views if shared else estimator.draw(*given, mask, source, *more)
             found = estimator.evaluate(reference, moved(asked, device)).total.cpu()
-            parts = views.target, views.canvas, views.weight, found
-            for name, part in zip(PARTS, parts, strict=True):
-                rows.setdefault(f"{side}_{name}", []).append(part)
+            parts = {name: getattr(views, name) for name in PARTS} | {
+                "reference": found
+            }
+            for name, part in parts.items():
+                if part is not None:
+                    rows.setdefault(f"{side}_{name}", []).append(part)
     columns = {name: torch.cat(parts).tolist() for name, parts in rows.items()}
     return Dataset.from_dict({"input_ids": columns["chosen_target"], **columns})
 
 
-PARTS = ("target", "canvas", "weight", "reference")
+PARTS = ("target", "canvas", "weight", "valid")  # of the copies that are stored
 
 
 def moved(views: Views, device) -> Views:
     """The copies on another device."""
-    return Views(*(t.to(device) for t in (views.target, views.canvas, views.weight)))
+    parts = (getattr(views, name) for name in PARTS)
+    return Views(*(None if t is None else t.to(device) for t in parts))
 
 
 class DPO:
@@ -121,7 +162,7 @@ class DPO:
         """Log-ratio of the chosen answer minus that of the rejected one, in nats."""
         gain = []
         for side in SIDES:
-            views = Views(*(batch[f"{side}_{name}"] for name in PARTS[:3]))
+            views = Views(*(batch.get(f"{side}_{name}") for name in PARTS))
             found = self.estimator.evaluate(model, views).total
             gain.append(found - batch[f"{side}_reference"])
         return gain[0] - gain[1]

@@ -8,7 +8,7 @@ from torch.nn.utils import parameters_to_vector
 
 from dlmlib.device import generator
 from dlmlib.rl.estimators import ELBO, InOrder, MeanField, OneState
-from dlmlib.rl.preference import DPO, with_reference
+from dlmlib.rl.preference import DPO, preference_pairs, with_reference
 from dlmlib.training.batches import batches_from
 from dlmlib.training.fit import fit
 
@@ -34,11 +34,28 @@ def steps_of(seed: int):
     return rows.tolist()
 
 
+ONE = torch.zeros(1, 1, dtype=torch.long)
 STEPS = {"chosen_steps": steps_of(1), "rejected_steps": steps_of(2)}
 
 
 def batch_of(scored):
     return batches_from(scored, len(scored))(generator(0))
+
+
+def test_pairs_are_the_best_and_the_worst():
+    """The prompt whose rewards are equal has none; steps travel with their tokens."""
+    prompt = torch.tensor([[1], [2], [3]])
+    answer = torch.arange(18).view(3, 3, 2)
+    reward = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0], [0.5, 0.5, -1.0]])
+    found = preference_pairs(prompt, answer, reward, commit_step=answer + 100)
+    assert found.to_dict() == {
+        "prompt_ids": [[1], [3]],
+        "chosen_ids": [[2, 3], [12, 13]],
+        "chosen_steps": [[102, 103], [112, 113]],
+        "rejected_ids": [[0, 1], [16, 17]],
+        "rejected_steps": [[100, 101], [116, 117]],
+    }
+    assert "chosen_steps" not in preference_pairs(prompt, answer, reward).column_names
 
 
 @pytest.mark.parametrize("estimator", [ELBO(4), MeanField(), InOrder(), OneState()])
@@ -112,6 +129,29 @@ def test_training_prefers_the_chosen(estimator):
     assert (margin > 0).float().mean() > 0.9
 
 
+def test_padding_of_prompts_takes_no_part():
+    """Padded by two columns that count nothing, every pair has the same margin."""
+    model, policy, plain = model_of(), model_of(1), pairs()
+    padded = plain.map(
+        lambda row: {
+            "prompt_ids": [0, 0, *row["prompt_ids"]],
+            "attention_mask": [0, 0] + [1] * PROMPT,
+        }
+    )
+    objective = DPO(InOrder())
+    one, two = (
+        batch_of(with_reference(data, model, InOrder())) for data in (plain, padded)
+    )
+    assert "chosen_valid" in two and "chosen_valid" not in one
+    margin = objective.margin(policy, one)
+    assert margin.abs().min() > 1e-3
+    torch.testing.assert_close(objective.margin(policy, two), margin)
+    unaware = batch_of(
+        with_reference(padded.remove_columns("attention_mask"), model, InOrder())
+    )
+    assert (objective.margin(policy, unaware) - margin).abs().max() > 1e-2
+
+
 def test_same_seed_same_data_and_draws_differ():
     model = model_of()
     first, again = (with_reference(pairs(), model, ELBO(1), draws=2) for _ in "ab")
@@ -132,6 +172,8 @@ def test_same_seed_same_data_and_draws_differ():
             "chosen_ids",
         ),
         (lambda: with_reference(pairs(), model_of(), OneState()), "commit_step"),
+        (lambda: preference_pairs(ONE, ONE[None], torch.zeros(2, 1)), "reward.shape"),
+        (lambda: preference_pairs(ONE, ONE[None], torch.zeros(1, 1)), "all equal"),
     ],
 )
 def test_wrong_input_is_named(call, message):
