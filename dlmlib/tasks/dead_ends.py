@@ -19,6 +19,7 @@ from dlmlib.tasks.graph_problems import Problems, shuffled
 from dlmlib.text import word_tokenizer
 
 MODES = ("walk", "search")
+FROZEN_LENGTHS = range(1, 5)
 
 
 class DeadEnds(TwoPaths):
@@ -138,8 +139,18 @@ class DeadEnds(TwoPaths):
 
     def answers(self, ids: Int[Tensor, "B n"]) -> Int[Tensor, " B"]:
         """The token after the first `=` of each written part; `?` without one."""
-        at = (ids == self.equals).long()
-        place = at.argmax(1, keepdim=True) + 1
-        said = ids.gather(1, place.clamp_max(ids.shape[1] - 1))[:, 0]
-        missing = (at.sum(1) == 0) | (place[:, 0] >= ids.shape[1])
-        return said.masked_fill(missing, self.unknown)
+        return answer_after(ids, self.equals, self.unknown)
+
+
+def answer_after(ids: Int[Tensor, "B n"], equals: int, unknown: int) -> Tensor:
+    """[B], the token after the first `equals` of each row; `unknown` without one."""
+    at = (ids == equals).long()
+    place = at.argmax(1, keepdim=True) + 1
+    said = ids.gather(1, place.clamp_max(ids.shape[1] - 1))[:, 0]
+    missing = (at.sum(1) == 0) | (place[:, 0] >= ids.shape[1])
+    return said.masked_fill(missing, unknown)
+
+
+if __name__ == "__main__":
+    for length in FROZEN_LENGTHS:
+        DeadEnds().write_frozen(length)

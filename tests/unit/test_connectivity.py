@@ -8,9 +8,16 @@ import pytest
 import torch
 
 from dlmlib import generator
-from dlmlib.tasks.bridge import Bridge, depth_first, loop_free, template
-from dlmlib.tasks.connectivity import FROZEN_ROWS, TwoPaths
-from dlmlib.tasks.dead_ends import DeadEnds
+from dlmlib.tasks.bridge import (
+    FROZEN_LEVELS,
+    TRACES,
+    Bridge,
+    depth_first,
+    loop_free,
+    template,
+)
+from dlmlib.tasks.connectivity import FROZEN_DEPTHS, FROZEN_ROWS, TwoPaths
+from dlmlib.tasks.dead_ends import FROZEN_LENGTHS, DeadEnds
 from dlmlib.tasks.graph_problems import NAMES, Problems, held_out, shuffled
 from dlmlib.tasks.star import Star
 
@@ -18,7 +25,7 @@ TASKS = {
     "two paths": (TwoPaths(), 4),
     "star": (Star(), 4),
     "dead ends": (DeadEnds(), 3),
-    "bridge": (Bridge(2, "search", 2, 3, 2), 2),
+    "bridge": (Bridge(), 2),
 }
 parametrize = pytest.mark.parametrize("task, depth", TASKS.values(), ids=TASKS)
 
@@ -32,6 +39,7 @@ def test_exactly_one_goal_is_reached_and_the_path_leads_to_it(task, depth):
         goals = [NAMES[i] for i in problems.goals[row]]
         assert [g for g in goals if nx.has_path(graph, start, g)] == [end]
         assert nx.shortest_path_length(graph, start, end) == problems.depth
+        assert problems.depth == (2 * depth if task.name == "bridge" else depth)
         path = [NAMES[i] for i in problems.path[row]]
         assert all(graph.has_edge(a, b) for a, b in pairwise(path))
 
@@ -81,19 +89,43 @@ def test_one_problem_in_sixteen_is_held_out():
     assert abs(share - 1 / 16) < 5 * (1 / 16 * 15 / 16 / 20000) ** 0.5
 
 
-@pytest.mark.parametrize("task", [TwoPaths(), Star()], ids=["two paths", "star"])
-@pytest.mark.parametrize("depth", range(2, 9))
-def test_frozen_sets_are_remade_exactly_and_held_out(task, depth, tmp_path):
+FROZEN = {
+    "two paths": FROZEN_DEPTHS,
+    "star": FROZEN_DEPTHS,
+    "dead ends": FROZEN_LENGTHS,
+    "bridge": FROZEN_LEVELS,
+}
+
+
+@pytest.mark.parametrize(
+    "task, depth",
+    [(TASKS[name][0], depth) for name, depths in FROZEN.items() for depth in depths],
+    ids=[f"{name} {depth}" for name, depths in FROZEN.items() for depth in depths],
+)
+def test_frozen_sets_are_remade_exactly_and_held_out(task, depth):
     problems = task.frozen(depth)
-    assert len(problems) == FROZEN_ROWS and problems.depth == depth
+    assert len(problems) == FROZEN_ROWS
     assert held_out(problems).all()
     fresh = task.draw_frozen(depth)
-    assert torch.equal(task.render(fresh), task.render(problems))
+    for name in vars(problems):
+        assert torch.equal(getattr(fresh, name), getattr(problems, name)), name
+    assert len(set(map(tuple, task.head(problems).tolist()))) == FROZEN_ROWS
 
 
-@pytest.mark.parametrize("task", [TwoPaths(), Star(), Bridge(2)])
-def test_parse_undoes_render(task):
-    depth = task.depths[1] if task.name == "bridge" else 3
+@pytest.mark.parametrize("name", ["dead ends", "bridge"])
+def test_training_batches_never_pose_a_frozen_problem(name):
+    task, source = TASKS[name][0], generator(27)
+    for _ in range(20):
+        ids = task.batch(32, source)["input_ids"]
+        start = (ids[:, :, None] == torch.tensor(list(task.modes.values()))).any(2)
+        width = int(start.int().argmax(1)[0])  # the mode stands before s
+        bare = torch.cat([ids[:, :width], ids[:, width + 1 :]], 1)
+        depth = next(d for d in FROZEN[name] if width == 3 + task.edges_in(d))
+        assert not held_out(task.parse(bare, depth)).any()
+
+
+@parametrize
+def test_parse_undoes_render(task, depth):
     problems = task.sample(10, generator(7), depth)
     parsed = task.parse(task.render(problems), depth)
     for name in vars(problems):
@@ -107,6 +139,15 @@ def test_parse_refuses_a_row_of_another_depth():
         task.parse(ids, 4)
     with pytest.raises(ValueError, match=r"goal 2 edges from s|depth 2"):
         task.parse(ids, 2)
+    bridge = Bridge()
+    problems = bridge.sample(2, generator(8), 2)
+    ids = bridge.render(problems)
+    with pytest.raises(ValueError, match="depth 3"):
+        bridge.parse(ids, 3)
+    both = torch.stack([problems.path[:, -1], problems.path[:, -2]], 1)
+    ids[:, 1 + bridge.edges_in(2) :][:, :2] = bridge.first + both
+    with pytest.raises(ValueError, match="one of two within reach"):
+        bridge.parse(ids, 2)
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3])
@@ -235,27 +276,55 @@ def test_the_bridge_graph_has_the_sizes_of_the_paper(depth):
     assert nx.shortest_path_length(graph, 0, 10 * depth) == 3 * depth
     degrees = [graph.degree[10 * j] for j in range(depth + 1)]
     assert degrees == [3, *[5] * (depth - 1), 2]
-    assert Bridge(depth).edges_in(depth) == 22 * depth
+    assert Bridge((1, depth), 3, 5, 3).edges_in(depth) == 22 * depth
 
 
 def test_depth_first_search_is_a_walk_that_turns_back_only_at_the_end_of_a_way():
-    graph = template(2, 2, 3, 2)
-    task = Bridge(2, "search", 2, 3, 2)
+    task = Bridge()
     problems = task.sample(30, generator(18), 2)
-    for row, trace in enumerate(task.thoughts(problems, generator(19))):
+    for row, trace in enumerate(task.thoughts(problems, "search", generator(19))):
         names = task.graph(problems, row)
         steps = [NAMES[i] for i in (int(problems.path[row, 0]), *trace)]
         assert all(names.has_edge(a, b) for a, b in pairwise(steps))
         assert steps[-1] == NAMES[problems.path[row, -1]]
-        assert len(steps) <= 2 * graph.number_of_edges() + 1
+        assert len(steps) + 1 <= task.room(2)
+        for at in range(1, len(steps) - 1):
+            if steps[at + 1] in steps[:at]:  # back: nothing new was left here
+                assert set(names[steps[at]]) <= set(steps[: at + 1])
 
 
 def test_short_and_long_ways_are_taken_equally_often():
-    task = Bridge(1, "path", 2, 3, 2)
+    task = Bridge((1, 1))
     problems = task.sample(3000, generator(20), 1)
-    lengths = [len(t) for t in task.thoughts(problems, generator(21))]
+    lengths = [len(t) for t in task.thoughts(problems, "path", generator(21))]
     assert set(lengths) == {2, 3}
     assert abs(lengths.count(2) / 3000 - 0.5) < 4 * 0.5 / 3000**0.5
+
+
+@pytest.mark.parametrize("mode", ["shortest", "path"])
+def test_traces_without_mistakes_never_visit_a_node_twice(mode):
+    task = Bridge((1, 3))
+    problems = task.sample(30, generator(28), 3)
+    lengths = set()
+    for row, trace in enumerate(task.thoughts(problems, mode, generator(29))):
+        start, *_, goal = problems.path[row].tolist()
+        assert len({start, *trace}) == 1 + len(trace) and trace[-1] == goal
+        lengths.add(len(trace))
+    assert lengths == {6} if mode == "shortest" else lengths <= {6, 7, 8, 9}
+
+
+@pytest.mark.parametrize("rows", [1, 4, 10])
+def test_a_batch_of_bridges_holds_all_traces(rows):
+    task = Bridge()
+    batch = task.batch(rows, generator(30))
+    ids, written = batch["input_ids"], batch["maskable"]
+    counts = [int((ids == task.modes[mode]).any(1).sum()) for mode in TRACES]
+    assert counts == [rows // 4, rows // 4, rows - 2 * (rows // 4)]
+    assert ids.shape == written.shape and ids.shape[1] <= task.length
+    assert not (ids[written] == task.tokenizer.eos_token_id).any()
+    last = written.cumsum(1).argmax(1, keepdim=True)  # the answer
+    goals = ids[:, 1:].gather(1, last - 1 - 1)  # `=` before it
+    assert (goals == task.equals).all()
 
 
 def test_loop_free_drops_detours():
@@ -268,10 +337,9 @@ def test_search_returns_when_it_starts_at_the_goal():
 
 
 def test_bridge_judges_decision_and_evidence():
-    task = Bridge(1, "search", 2, 3, 2)
+    task = Bridge()
     problems = task.sample(40, generator(22), 1)
-    begin = task.prompt(problems).shape[1]
-    written = task.rows(problems, task.thoughts(problems, generator(23)))[:, begin:]
+    written = task.told(problems, task.thoughts(problems, "search", generator(23)))
     decided, proved = task.judge(problems, written)
     assert decided.all() and proved.all()
     jumped = torch.cat([written[:, :1], written[:, :1], written[:, 1:]], 1)
@@ -300,8 +368,9 @@ def test_shuffled_keeps_every_entry_and_mixes_rows_independently():
         (lambda: TwoPaths((1, 8), 17), "nodes=17"),
         (lambda: TwoPaths(truncated=1.5), "truncated"),
         (lambda: Star((1, 3)), "depths"),
-        (lambda: Bridge(2, "maze"), "trace='maze'"),
-        (lambda: Bridge(2, short=0), "lengths"),
+        (lambda: Bridge(short=0), "lengths"),
+        (lambda: Bridge((1, 3), nodes=37), "nodes=37"),
+        (lambda: Bridge().frozen(3), "depth=3"),
         (lambda: TwoPaths().sample(0, generator(0)), "n=0"),
         (lambda: TwoPaths().sample(4, generator(0), 9), "depth=9"),
         (lambda: TwoPaths().frozen(1), "depth=1"),
@@ -321,3 +390,9 @@ def test_a_budget_beyond_the_path_is_refused():
     dead = DeadEnds()
     with pytest.raises(ValueError, match="mode='run'"):
         dead.prompt(dead.sample(1, generator(0), 2), "run")
+    bridge = Bridge()
+    problems = bridge.sample(1, generator(0), 1)
+    with pytest.raises(ValueError, match="mode='maze'"):
+        bridge.prompt(problems, "maze")
+    with pytest.raises(ValueError, match="mode='maze'"):
+        bridge.thoughts(problems, "maze", generator(0))
