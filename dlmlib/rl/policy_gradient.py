@@ -138,8 +138,11 @@ class Rollouts:
         reward = self.graded(prompt, answer, out.forwards)
         advantage = mine(advantages(reward, self.method.advantage)).flatten()
         begin = prompt.shape[1]
+        real = None if real is None else real[:, :begin]
         step = out.trace.commit_step[:, begin:]
-        rank = commit_rank(out.trace)[:, begin:]
+        rank = None
+        if self.method.draw_order is not None:
+            rank = commit_rank(out.trace)[:, begin:]
         known = out.trace.commit_logprob.nan_to_num(0.0)
         drawn = [
             self.copies(prompt, answer, step, rank, advantage, known, generator, real)
@@ -185,11 +188,12 @@ class Rollouts:
             "target": views.target,
             "canvas": views.canvas,
             "weight": views.weight,
-            "rank": views.rank,
             "advantage": advantage,
         }
         if views.valid is not None:
             batch["valid"] = views.valid
+        if rank is not None:
+            batch["rank"] = views.rank
         estimator = method.estimator  # the order's terms are not in the trace
         exact = type(estimator) is Trajectory and not estimator.segments
         if exact and self.temperature > 0:

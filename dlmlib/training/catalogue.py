@@ -111,6 +111,20 @@ PAIRS_START = replace(
     training=dict(steps=100, lr=2.5e-3, warmup=50),
 )
 
+
+def improved(name: str, description: str, method: str, lr: float) -> Recipe:
+    """A recipe that goes on from `CHAIN_START` by a policy gradient."""
+    return replace(
+        CHAIN_START,
+        name=name,
+        description=description,
+        start=CHAIN_START,
+        trainer="dlmlib.rl.recipes:policy_gradient",
+        trainer_arguments=dict(method=method),
+        training=dict(steps=100, lr=lr, warmup=5, weight_decay=0.0),
+    )
+
+
 REVEALED = dict(
     hidden_size=64,
     num_hidden_layers=3,
@@ -236,6 +250,18 @@ RECIPES = {
         ARITHMETIC_START,
         CHAIN_START,
         PAIRS_START,
+        improved(
+            "chain_trajectory",
+            "chain_start after GRPO on its trajectories",
+            "trajectory",
+            3e-4,
+        ),
+        improved(
+            "chain_in_order",
+            "chain_start after GRPO from left to right",
+            "just_grpo",
+            1.2e-3,
+        ),
         cups("cups_chain", "masked diffusion on products of 24 shuffles: one chain"),
         cups("cups_streams", "the same products as four streams", format="streams"),
         sums("sums", "masked diffusion on running sums: one chain of 8"),
@@ -257,6 +283,15 @@ RECIPES = {
             "the twin on chats whose answers say what was known",
             700,
             "honest",
+        ),
+        Recipe(
+            name="bridge",
+            description="autoregressive shortest paths, paths and searches on bridges",
+            task="dlmlib.tasks.bridge:Bridge",
+            model=PATHS | dict(num_hidden_layers=3, attention="causal"),
+            objective=None,
+            batch_size=128,
+            training=dict(steps=2900, lr=4e-3, warmup=100, ema=0.99),
         ),
     ]
 }

@@ -145,22 +145,25 @@ def test_gradient_is_that_of_the_expected_reward(steps, sizes):
         assert 0.85 < sampled.norm() / part.norm() < 1.15
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1)])
-def test_it_scores_what_the_rollout_drew(sizes):
+@pytest.mark.parametrize(("steps", "block"), [(3, None), (2, None), (3, 2)])
+def test_it_scores_what_the_rollout_drew(steps, block):
     """Scores of the head and of the tokens, as they were while decoding."""
     model, heard = policy(), []
-    model.order_head.register_forward_hook(lambda m, i, h: heard.append(h.clone()))
-    prompt = torch.zeros(32, 1, dtype=torch.long)
-    options = {"propose": Learned(model.order_head, gen(1)), "steps": len(sizes)}
+    model.order_head.register_forward_hook(
+        lambda m, args, h: heard.append((*args[2:], h.clone()))
+    )
+    options = {"propose": Learned(model.order_head, gen(1)), "steps": steps}
     options |= {"temperature": 1.0, "trace": True, "generator": gen(2)}
-    out = dlm.decode(model, prompt, length=LENGTH, **options)
+    prompt = torch.zeros(32, 1, dtype=torch.long)
+    out = dlm.decode(model, prompt, length=LENGTH, block_length=block, **options)
     step, rank = out.trace.commit_step[:, 1:], commit_rank(out.trace)[:, 1:]
     terms = out.trace.commit_logprob[:, 1:].clone()
-    for number, h in enumerate(heard[:-1]):  # in the last step there is no choice
-        open_, now = step >= number, torch.where(step == number, rank, -1)
-        terms += plackett_luce(h, open_, now)
+    for number, (masked, inside, h) in enumerate(heard[:-1]):  # the last has no choice
+        assert torch.equal(masked, step >= number)
+        now = torch.where(step == number, rank, -1)
+        terms += plackett_luce(h, masked & inside, now)
     answer, given = out.sequences[:, 1:], {"commit_step": step, "commit_rank": rank}
-    found = OrderedTrajectory()(model, prompt, answer, **given)
+    found = OrderedTrajectory(block)(model, prompt, answer, **given)
     torch.testing.assert_close(found.tokens[:, 1:], terms, rtol=1e-4, atol=1e-5)
 
 

@@ -288,3 +288,33 @@ def test_failed_gradings_are_counted_and_rewards_are_summed():
 def test_wrong_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_in_the_only_epoch_the_old_policy_is_the_new_one():
+    """No forward is spent on it, and loss and gradient are those with it."""
+    found = []
+    for epochs in (1, 2):
+        model = policy()
+        method = Method(MeanField(0.0), epochs=epochs)
+        _, objective, batch = one_batch(model, method, number=4, group=8)
+        assert ("old" in batch) == (epochs > 1)
+        loss = loss_of(model, objective, batch)
+        loss.backward()
+        found.append(torch.cat([loss.detach()[None], gradient(model)]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_both_bounds_of_spg_are_read_from_one_forward():
+    model = policy()
+    _, objective, batch = one_batch(model, methods.spg(), number=4, group=4)
+    calls = []
+    model.register_forward_hook(lambda *parts: calls.append(1))
+    loss = objective(model, batch)
+    assert len(calls) == 1
+    views = Views(batch["target"], batch["canvas"], batch["weight"])
+    method = methods.spg()
+    lower = method.estimator.evaluate(model, views).total
+    upper = method.negative.evaluate(model, views).total
+    gain = batch["advantage"]
+    expected = -gain * torch.where(gain < 0, upper, lower)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)

@@ -124,6 +124,19 @@ def test_rows_and_extras_do_not_change_it():
     assert torch.equal(drafted.sequences, both.sequences)
 
 
+def test_inside_a_text_it_reads_from_the_first_mask_on():
+    """Given tokens behind it are read, but they are neither masked nor in the time."""
+    model, head = policy_and_head()
+    heard = []
+    head.register_forward_hook(lambda m, args, out: heard.append(args))
+    rows = torch.tensor([[1, 2, 12, 3, 12, 4], [5, 6, 7, 12, 8, 12]])
+    dlm.decode(model, rows, propose=Learned(head))
+    states, time, masked, _ = heard[0]
+    assert states.shape == (2, 4, 32) and time.tolist() == [0, 0]
+    assert masked.tolist() == [[True, False, True, False], [False, True, False, True]]
+    assert heard[1][1].tolist() == [0.5, 0.5]
+
+
 def test_guidance_and_plain_modules_are_refused():
     model, head = policy_and_head()
     with pytest.raises(ValueError, match="states"):
