@@ -112,11 +112,22 @@ def with_reference(
             for name, part in parts.items():
                 if part is not None:
                     rows.setdefault(f"{side}_{name}", []).append(part)
-    columns = {name: torch.cat(parts).tolist() for name, parts in rows.items()}
+    columns = {name: joined(parts).tolist() for name, parts in rows.items()}
     return Dataset.from_dict({"input_ids": columns["chosen_target"], **columns})
 
 
 PARTS = ("target", "canvas", "weight", "valid")  # of the copies that are stored
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Rows of all batches; where one has fewer copies than another, zeros follow.
+
+    A weight of zero reads nothing, so that they count nothing.
+    """
+    if parts[0].dim() < 3:
+        return torch.cat(parts)
+    most = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(p, (0, 0, 0, most - p.shape[1])) for p in parts])
 
 
 def moved(views: Views, device) -> Views:

@@ -59,9 +59,8 @@ def test_padding_takes_no_part(method):
 def test_what_the_decoder_reported_is_what_the_loss_computes():
     policy, method = model(), methods.trajectory()
     batch = rollouts(policy, ragged, method)(gen(5))
-    views = Views(
-        batch["target"], batch["canvas"], batch["weight"], batch["valid"], batch["rank"]
-    )
+    parts = ("target", "canvas", "weight", "valid")
+    views = Views(*(batch[part] for part in parts))
     torch.testing.assert_close(
         method.estimator.evaluate(policy, views).tokens, batch["old"]
     )

@@ -7,7 +7,7 @@ from tiny import random_ids, tiny_model
 from torch.nn.utils import parameters_to_vector
 
 from dlmlib.device import generator
-from dlmlib.rl.estimators import ELBO, InOrder, MeanField, OneState
+from dlmlib.rl.estimators import ELBO, InOrder, MeanField, OneState, Trajectory
 from dlmlib.rl.preference import DPO, preference_pairs, with_reference
 from dlmlib.training.batches import batches_from
 from dlmlib.training.fit import fit
@@ -127,6 +127,22 @@ def test_training_prefers_the_chosen(estimator):
     with torch.no_grad():
         margin = DPO(ELBO(8)).margin(policy, fresh)
     assert (margin > 0).float().mean() > 0.9
+
+
+def test_trajectories_of_other_lengths_join():
+    """Pairs written in one to four steps: each has the margin it has alone."""
+    model, policy = model_of(), model_of(1)
+    steps = [[min(i, row % LENGTH) for i in range(LENGTH)] for row in range(PAIRS)]
+    table = pairs(chosen_steps=steps, rejected_steps=steps)
+    objective = DPO(Trajectory())
+    together = with_reference(table, model, Trajectory(), batch_size=3)
+    found = objective.margin(policy, together.with_format("torch")[:])
+    for row in range(4):
+        alone = with_reference(table.select([row]), model, Trajectory())
+        copies = alone.with_format("torch")[:]["chosen_canvas"].shape[1]
+        assert copies == row % LENGTH + 1
+        margin = objective.margin(policy, alone.with_format("torch")[:])
+        torch.testing.assert_close(found[row], margin[0], rtol=1e-4, atol=1e-5)
 
 
 def test_padding_of_prompts_takes_no_part():
