@@ -3,15 +3,13 @@
 import copy
 import math
 import os
-import socket
-import subprocess
-import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from processes import start_two, wait_for
 from torch import nn
 
 from dlmlib.device import generator
@@ -431,25 +429,12 @@ save_tensors(f"{{folder}}/rank{{rank}}.safetensors", model.state_dict(), info)
 def test_two_processes_do_what_one_does(tmp_path):
     # Adam ignores a factor on all gradients; a clip between their norms does not.
     options = dict(steps=5, lr=1e-2, ema=0.9, clip=2.5, save_every=2)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    common |= dict(WORLD_SIZE="2", OMP_NUM_THREADS="1", DLM_DEVICE="cpu")
     tests = os.path.dirname(__file__)
     script = WORKER.format(tests=tests, folder=str(tmp_path), options=options)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env=dict(common, RANK=rank, LOCAL_RANK=rank),
-            stderr=subprocess.PIPE,
-        )
-        for rank in "01"
-    ]
+    processes = start_two(script)
     model = tiny_model(seed=0)
     result = run(model, repeating_batches(5), **options)
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [p.returncode for p in processes] == [0, 0], b"".join(errors).decode()
+    wait_for(processes)
     losses = [entry["loss"] for entry in result.history]
     for rank in range(2):
         found, info = load_tensors(tmp_path / f"rank{rank}.safetensors")

@@ -1,12 +1,10 @@
 """Two processes share a rollout: half the decoding each, one policy in the end."""
 
 import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import start_two, wait_for
 from tiny import tiny_model
 from toys import gen
 
@@ -56,23 +54,9 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_share_the_rollouts(name, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    common |= dict(WORLD_SIZE="2", OMP_NUM_THREADS="1", DLM_DEVICE="cpu")
     tests = os.path.dirname(__file__)
     script = WORKER.format(tests=tests, folder=str(tmp_path), name=name)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env=dict(common, RANK=rank, LOCAL_RANK=rank),
-            stderr=subprocess.PIPE,
-        )
-        for rank in "01"
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [p.returncode for p in processes] == [0, 0], b"".join(errors).decode()
+    wait_for(start_two(script))
     (first, info), (second, other) = (
         load_tensors(tmp_path / f"{rank}.safetensors") for rank in range(2)
     )
