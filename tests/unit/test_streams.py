@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_model
 from toys import Votes, gen
 
 import dlmlib as dlm
@@ -140,6 +141,25 @@ def test_a_stream_and_its_summary_are_blocks(length, per_phase):
     blocks = decode(ids, dlm.Blocks(length, start=2), steps=2 * per_phase)
     assert torch.equal(mine.trace.commit_step, blocks.trace.commit_step)
     assert torch.equal(mine.sequences, blocks.sequences)
+
+
+@pytest.mark.parametrize("reuse", [dlm.PrefixCache(), dlm.DualCache()])
+def test_over_a_cache_a_stream_and_its_summary_are_blocks(reuse):
+    """The cache is refreshed when the summary opens, as at the next block."""
+    model = tiny_model(1, mask_token_id=M).double()
+    ids = torch.tensor([[0, 1] + [M] * 6, [3, 2] + [M] * 6])
+    where = Streams([slice(2, 5)], slice(5, None))
+    how = dict(steps=4, reuse=reuse, trace=True)
+    mine = dlm.decode(model, ids, where=where, **how)
+    blocks = dlm.decode(model, ids, where=dlm.Blocks(3, start=2), **how)
+    assert torch.equal(mine.sequences, blocks.sequences)
+    assert torch.equal(mine.trace.commit_step, blocks.trace.commit_step)
+    torch.testing.assert_close(
+        mine.trace.commit_logprob, blocks.trace.commit_logprob, equal_nan=True
+    )
+    plain = dlm.decode(model, ids, where=where, steps=4, trace=True)
+    away = plain.trace.commit_logprob - mine.trace.commit_logprob
+    assert away.nan_to_num(0.0).abs().max() > 1e-6, "kept keys are an approximation"
 
 
 def test_streams_of_single_positions_are_written_at_once_by_threshold():
