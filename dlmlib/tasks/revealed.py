@@ -3,7 +3,13 @@
 The answer is D digits modulo m. Condition i says what digit i and digit i + 1 sum to;
 with all D - 1 of them, m answers are right. Conditions come in shards, one a turn. An
 answer given early is a guess about what was not said yet.
+
+A quarter of the problems is held out: training rows never say all sums of one. Each
+part of one may be said, and an early guess may happen to solve one.
 """
+
+import json
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,6 +21,17 @@ from dlmlib.text import word_tokenizer
 SHARDS = ((0, 4), (2,), (1, 3))  # conditions of each turn, when there are five
 PROTOCOLS = ("full", "concatenated", "sharded", "recap", "snowball")
 DATA = ("single", "hindsight", "honest")
+HELD_OUT = 4  # one problem in so many is for evaluation only
+FROZEN_SEED = 20261121
+
+
+def held_out(sums: Int[Tensor, "B D-1"]) -> Bool[Tensor, " B"]:
+    """Whether a problem is for evaluation: decided by a hash of its sums alone."""
+    state = torch.zeros(sums.shape[:1], dtype=torch.long)
+    for column in sums.T:  # multiply and shift, modulo 2^31
+        state = (state + column + 1) * 0x9E3779B1 % 2**31
+        state = (state ^ (state >> 15)) * 0x85EBCA6B % 2**31
+    return (state >> 11) % HELD_OUT == 0
 
 
 def turns_of(protocol: str, shards=SHARDS) -> list[tuple[int, ...]]:
@@ -48,12 +65,14 @@ class Sums:
         digits: D.
         shards: conditions of each turn; together every condition once.
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or fewer than 64 problems.
     Introduced in notebook 16.
     """
 
     def __init__(self, modulus: int = 3, digits: int = 6, shards=SHARDS):
         check(modulus >= 2, "modulus", modulus, "an integer >= 2")
+        enough = modulus ** (digits - 1) >= 64  # else one side might have none
+        check(enough, "digits", digits, f"at least 64 problems modulo {modulus}")
         said = sorted(c for shard in shards for c in shard)
         check(said == list(range(digits - 1)), "shards", shards, "each condition once")
         self.modulus, self.digits, self.shards = modulus, digits, shards
@@ -64,9 +83,35 @@ class Sums:
         self.zero, self.name = vocabulary["0"], vocabulary["c1"]
         self.unknown, self.colon = vocabulary["?"], vocabulary[":"]
 
-    def problems(self, n: int, generator) -> Int[Tensor, "n D-1"]:
-        """The sums of random digits; every problem has an answer."""
-        return self.sums(self.answers(n, None, None, generator))
+    def problems(
+        self, n: int, generator, evaluation: bool = False
+    ) -> Int[Tensor, "n D-1"]:
+        """The sums of random digits, so that every problem has an answer.
+
+        Args:
+            n: how many, at least 1.
+            generator: a CPU generator.
+            evaluation: problems that training never poses, see `held_out`.
+        Raises:
+            ValueError: n < 1.
+        """
+        check(n >= 1, "n", n, "an integer >= 1")
+        sums = self.sums(self.answers(n, None, None, generator))
+        while (wrong := held_out(sums) != evaluation).any():
+            fresh = self.answers(int(wrong.sum()), None, None, generator)
+            sums[wrong] = self.sums(fresh)
+        return sums
+
+    def frozen(self) -> Int[Tensor, "N D-1"]:
+        """All held-out problems, as data/eval has them; the first n are a sample.
+
+        Raises:
+            ValueError: no such file for this modulus and number of digits.
+        """
+        path = frozen_path(self)
+        check(path.is_file(), "modulus", self.modulus, f"one with a file {path.name}")
+        lines = map(json.loads, path.read_text().splitlines())
+        return torch.tensor([line["sums"] for line in lines])
 
     def sums(self, digits: Int[Tensor, "B D"]) -> Int[Tensor, "B D-1"]:
         """What neighbours sum to."""
@@ -215,3 +260,24 @@ class Chat(Sums):
             tokens += [message, answer + self.zero]
             scored += [torch.zeros_like(message).bool(), torch.ones_like(answer).bool()]
         return torch.cat(tokens, 1), torch.cat(scored, 1)
+
+
+def frozen_path(task: Sums) -> Path:
+    """Where the evaluation set of a modulus and a number of digits lies."""
+    folder = Path(__file__).parents[2] / "data" / "eval"
+    return folder / f"revealed_{task.modulus}_{task.digits}.jsonl"
+
+
+def write_frozen(task: Sums) -> None:
+    """Store all held-out problems, in an order drawn once; it comes out the same."""
+    every = torch.cartesian_prod(*[torch.arange(task.modulus)] * (task.digits - 1))
+    chosen = every[held_out(every)]
+    generator = torch.Generator().manual_seed(FROZEN_SEED)
+    chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+    lines = [json.dumps({"sums": row}) + "\n" for row in chosen.tolist()]
+    frozen_path(task).parent.mkdir(parents=True, exist_ok=True)
+    frozen_path(task).write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    write_frozen(Sums())

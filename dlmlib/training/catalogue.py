@@ -275,13 +275,13 @@ RECIPES = {
         revealed(
             "revealed_hindsight",
             "the twin on chats whose every answer is the last one",
-            700,
+            1000,
             "hindsight",
         ),
         revealed(
             "revealed_honest",
             "the twin on chats whose answers say what was known",
-            700,
+            1000,
             "honest",
         ),
         Recipe(

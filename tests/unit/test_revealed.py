@@ -6,9 +6,22 @@ import pytest
 import torch
 
 from dlmlib.device import generator
-from dlmlib.tasks.revealed import PROTOCOLS, SHARDS, Chat, Slots, Sums, turns_of
+from dlmlib.tasks.revealed import (
+    DATA,
+    HELD_OUT,
+    PROTOCOLS,
+    SHARDS,
+    Chat,
+    Slots,
+    Sums,
+    frozen_path,
+    held_out,
+    turns_of,
+    write_frozen,
+)
 
 ALL = torch.tensor(list(product(range(3), repeat=6)))
+EVERY = torch.tensor(list(product(range(3), repeat=5)))  # all problems
 
 
 @pytest.mark.parametrize("known", [0, 0b10001, 0b10101, 0b11111, 0b01010])
@@ -107,12 +120,89 @@ def test_every_protocol_fits_and_messages_read_back():
         assert task.columns(turns_of(protocol)) <= task.length
 
 
+# ---- held-out problems
+
+
+def code(sums):
+    """A number for each problem: its row in EVERY."""
+    return (sums * 3 ** torch.arange(4, -1, -1)).sum(1)
+
+
+def test_every_problem_is_on_one_side_and_both_sides_are_drawn():
+    side = held_out(EVERY)
+    assert torch.equal(held_out(EVERY.flip(0)).flip(0), side)
+    assert abs(side.double().mean() - 1 / HELD_OUT) < 0.05
+    for condition, value in product(range(5), range(3)):
+        share = side[EVERY[:, condition] == value].double().mean()
+        assert abs(share - 1 / HELD_OUT) < 0.1, (condition, value)
+    for evaluation in (False, True):
+        drawn = Sums().problems(20_000, generator(0), evaluation)
+        counts = torch.bincount(code(drawn), minlength=243)
+        assert torch.equal(counts > 0, side == evaluation)
+        expected = 20_000 / (side == evaluation).sum()
+        chi2 = ((counts[counts > 0] - expected) ** 2 / expected).sum()
+        freedom = (side == evaluation).sum() - 1
+        assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize(("modulus", "digits"), [(2, 7), (3, 5), (4, 4), (8, 3)])
+def test_small_problems_have_both_sides(modulus, digits):
+    task = Sums(modulus, digits, [range(digits - 1)])
+    for evaluation in (False, True):
+        assert (
+            held_out(task.problems(50, generator(0), evaluation)) == evaluation
+        ).all()
+
+
+def test_slots_never_say_all_of_a_held_out_problem():
+    task = Slots()
+    slots = task.batch(20_000, generator(0))["input_ids"][:, 1:6]
+    whole = (slots != task.unknown).all(1)
+    assert whole.sum() > 2000
+    said = slots[whole] - task.zero
+    assert not held_out(said).any()
+    assert len(said.unique(dim=0)) == (~held_out(EVERY)).sum()
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_chats_never_say_all_of_a_held_out_problem(data):
+    """Read from the tokens: the value behind each name."""
+    task, draws, seen = Chat(data), generator(0), []
+    for _ in range(60):
+        ids = task.batch(128, draws)["input_ids"]
+        sums = torch.full((len(ids), 5), -1)
+        for condition in range(5):
+            row, column = (ids[:, :-1] == task.name + condition).nonzero().T
+            sums[row, condition] = ids[row, column + 1] - task.zero
+        assert ((sums >= 0) & (sums < 3)).all(), "every row says everything at last"
+        seen.append(sums)
+    seen = torch.cat(seen)
+    assert not held_out(seen).any()
+    assert len(seen.unique(dim=0)) == (~held_out(EVERY)).sum()
+
+
+def test_the_frozen_set_is_what_is_held_out_and_made_by_the_code(tmp_path, monkeypatch):
+    task = Chat()
+    problems = task.frozen()
+    expected = torch.arange(243)[held_out(EVERY)]
+    assert torch.equal(code(problems).sort().values, expected)
+    assert torch.equal(problems, Slots().frozen())
+    path = tmp_path / "again.jsonl"
+    text = frozen_path(task).read_text()
+    monkeypatch.setattr("dlmlib.tasks.revealed.frozen_path", lambda task: path)
+    write_frozen(task)
+    assert path.read_text() == text
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: Chat("lucky"), "data='lucky'"),
         (lambda: Sums(1), "modulus=1"),
         (lambda: Sums(3, 5), "shards"),
+        (lambda: Sums(3, 4, [range(3)]), "digits=4"),
+        (lambda: Sums().problems(0, generator(0)), "n=0"),
+        (lambda: Sums(5).frozen(), "modulus=5: expected one with a file revealed_5_6"),
         (lambda: turns_of("whole"), "protocol='whole'"),
     ],
 )
