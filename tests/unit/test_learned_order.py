@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model
 from torch import nn
 from torch.nn.utils import parameters_to_vector
-from toys import gen, strings
+from toys import StopsAfter, gen, strings
 
 import dlmlib as dlm
 from dlmlib.rl import methods
@@ -215,21 +215,14 @@ def test_reward_rises_and_frozen_parts_stay(only_head):
 
 
 def test_head_and_network_resume_together(tmp_path):
-    def run(model, stop, folder):
-        method = methods.dcolt()
-        rollouts = Rollouts(model, prompts(4), reward, method, length=3, group=4)
-        objective = GroupRelative(method)
+    def run(model, updates, folder):
+        rollouts = Rollouts(
+            model, prompts(4), reward, methods.dcolt(), length=3, group=4
+        )
+        objective = StopsAfter(GroupRelative(methods.dcolt()), updates)
         options = {"lr": 1e-3, "warmup": 0, "progress": False, "save_every": 2}
-        calls = iter(range(stop))
-
-        def stopping(model, batch):
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-            return objective(model, batch)
-
-        stopping.corrupt = objective.corrupt
         try:
-            fit(model, rollouts, stopping, steps=6, checkpoint=folder, **options)
+            fit(model, rollouts, objective, steps=6, checkpoint=folder, **options)
         except KeyboardInterrupt:
             return None
         return parameters_to_vector(model.parameters()).detach()

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 from torch import nn
 from torch.nn.utils import parameters_to_vector
-from toys import gen, strings
+from toys import StopsAfter, gen, strings
 from transformers.utils import ModelOutput
 
 from dlmlib.rl import methods
@@ -233,22 +233,6 @@ def test_interrupted_in_the_middle_of_a_rollout_it_goes_on_the_same(tmp_path):
     assert run(copy.deepcopy(start), 5, tmp_path / "parts") is None
     resumed = run(copy.deepcopy(start), 99, tmp_path / "parts")
     assert torch.equal(whole, resumed)
-
-
-class StopsAfter:
-    """An objective that interrupts the run after some updates."""
-
-    def __init__(self, objective, calls: int):
-        self.objective, self.calls = objective, calls
-
-    def corrupt(self, batch, generator):
-        return self.objective.corrupt(batch, generator)
-
-    def __call__(self, model, batch):
-        self.calls -= 1
-        if self.calls < 0:
-            raise KeyboardInterrupt
-        return self.objective(model, batch)
 
 
 def test_failed_gradings_are_counted_and_rewards_are_summed():

@@ -127,3 +127,19 @@ def p_value(samples: torch.Tensor, words: torch.Tensor, expected) -> float:
     if cells[1][-1] == 0:
         cells = [x[:-1] for x in cells]
     return float(stats.chisquare(*[x.numpy() for x in cells]).pvalue)
+
+
+class StopsAfter:
+    """An objective that interrupts the run after some updates."""
+
+    def __init__(self, objective, calls: int):
+        self.objective, self.calls = objective, calls
+
+    def corrupt(self, batch, generator):
+        return self.objective.corrupt(batch, generator)
+
+    def __call__(self, model, batch):
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        return self.objective(model, batch)
