@@ -70,14 +70,22 @@ def cups(name: str, description: str, **task):
     )
 
 
-STAR = Recipe(
-    name="star",
-    description="masked diffusion on star graphs: the path to the goal",
-    task="dlmlib.tasks.star:Star",
-    model=PATHS,
-    objective=dict(times="l_of_L"),
-    batch_size=128,
-    training=dict(steps=1500, lr=4e-3, warmup=100, ema=0.99),
+def graphs(name, description, task, steps=1500, warmup=100, start=None, **model):
+    """A recipe on paths in graphs; a causal model is an autoregressive twin."""
+    return Recipe(
+        name=name,
+        description=description,
+        task=f"dlmlib.tasks.{task}",
+        model=PATHS | model,
+        objective=None if model.get("attention") == "causal" else dict(times="l_of_L"),
+        batch_size=128,
+        training=dict(steps=steps, lr=4e-3, warmup=warmup, ema=0.99),
+        start=start,
+    )
+
+
+STAR = graphs(
+    "star", "masked diffusion on star graphs: the path to the goal", "star:Star"
 )
 
 ARITHMETIC_START = Recipe(  # half taught: where reinforcement learning begins
@@ -181,52 +189,41 @@ RECIPES = {
             batch_size=64,
             training=dict(steps=2600, lr=5e-3, warmup=100, ema=0.99),
         ),
-        Recipe(
-            name="connectivity",
-            description="masked diffusion on two-path graphs, with a scratchpad",
-            task="dlmlib.tasks.connectivity:TwoPaths",
-            model=PATHS,
-            objective=dict(times="l_of_L"),
-            batch_size=128,
-            training=dict(steps=1500, lr=4e-3, warmup=100, ema=0.99),
+        graphs(
+            "connectivity",
+            "masked diffusion on two-path graphs, with a scratchpad",
+            "connectivity:TwoPaths",
         ),
-        Recipe(
-            name="connectivity_ar",
-            description="the autoregressive twin of connectivity",
-            task="dlmlib.tasks.connectivity:TwoPaths",
-            model=PATHS | dict(attention="causal"),
-            objective=None,
-            batch_size=128,
-            training=dict(steps=1000, lr=4e-3, warmup=100, ema=0.99),
+        graphs(
+            "connectivity_ar",
+            "the autoregressive twin of connectivity",
+            "connectivity:TwoPaths",
+            steps=1000,
+            attention="causal",
         ),
         STAR,
-        Recipe(
-            name="both_ways",
-            description="masked diffusion on paths and stars at once, stopped early",
-            task="dlmlib.tasks.both_ways:BothWays",
-            model=PATHS,
-            objective=dict(times="l_of_L"),
-            batch_size=128,
-            training=dict(steps=800, lr=4e-3, warmup=50, ema=0.99),
+        graphs(
+            "both_ways",
+            "masked diffusion on paths and stars at once, stopped early",
+            "both_ways:BothWays",
+            steps=800,
+            warmup=50,
             start=STAR,
         ),
-        Recipe(
-            name="star_ar",
-            description="the autoregressive twin of star",
-            task="dlmlib.tasks.star:Star",
-            model=PATHS | dict(attention="causal"),
-            objective=None,
-            batch_size=128,
-            training=dict(steps=1000, lr=4e-3, warmup=100, ema=0.99),
+        graphs(
+            "star_ar",
+            "the autoregressive twin of star",
+            "star:Star",
+            steps=1000,
+            attention="causal",
         ),
-        Recipe(
-            name="dead_ends",
-            description="autoregressive walks and searches among dead ends",
-            task="dlmlib.tasks.dead_ends:DeadEnds",
-            model=PATHS | dict(num_hidden_layers=3, attention="causal"),
-            objective=None,
-            batch_size=128,
-            training=dict(steps=2200, lr=4e-3, warmup=100, ema=0.99),
+        graphs(
+            "dead_ends",
+            "autoregressive walks and searches among dead ends",
+            "dead_ends:DeadEnds",
+            steps=2200,
+            num_hidden_layers=3,
+            attention="causal",
         ),
         Recipe(
             name="arithmetic",
@@ -284,14 +281,13 @@ RECIPES = {
             1000,
             "honest",
         ),
-        Recipe(
-            name="bridge",
-            description="autoregressive shortest paths, paths and searches on bridges",
-            task="dlmlib.tasks.bridge:Bridge",
-            model=PATHS | dict(num_hidden_layers=3, attention="causal"),
-            objective=None,
-            batch_size=128,
-            training=dict(steps=2900, lr=4e-3, warmup=100, ema=0.99),
+        graphs(
+            "bridge",
+            "autoregressive shortest paths, paths and searches on bridges",
+            "bridge:Bridge",
+            steps=2900,
+            num_hidden_layers=3,
+            attention="causal",
         ),
     ]
 }
