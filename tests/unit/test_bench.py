@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_model
+from toys import gen
 
 from dlmlib import bench, roofline
 from dlmlib.gauges import graphed
@@ -124,8 +125,8 @@ def test_reference_at_several_sizes(peers):
     """The tokens stay the reference's with more rows and another block length."""
     for size in ("--batch 3 --steps 16", "--block 16 --steps 4", "--prompt 1"):
         options = options_of(*size.split(), "--repeats", "1")
-        model = bench.random_model(options, torch.device("cpu"), torch.float32)
-        prompt = torch.randint(60, (options.batch, options.prompt))
+        model = bench.random_model(options, torch.device("cpu"), torch.float64)
+        prompt = torch.randint(60, (options.batch, options.prompt), generator=gen(0))
         found = bench.own_mode("lossless", model, prompt, options).run()
         sizes = options.steps, options.answer, options.block
         assert torch.equal(found, uncached(model, prompt, *sizes, 0.0, 60))
